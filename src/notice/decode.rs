@@ -1,1 +1,1 @@
-//! (in the making)
+//! Placeholder until the decoder lands.

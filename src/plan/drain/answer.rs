@@ -1,0 +1,162 @@
+//! What each answer of the API server means for the pod that was asked.
+
+use std::time::Duration;
+
+use crate::plan::{
+    Answer, Moment, PodUid,
+    drain::{Ask, Drain, Effect, News, pod::State},
+};
+
+/// Budgets change when replacements become ready elsewhere, which takes seconds: ask again after one, and never wait
+/// longer than five.
+const BUDGET_RETRY: Duration = Duration::from_secs(1);
+const BUDGET_RETRY_MOST: Duration = Duration::from_secs(5);
+/// What does not heal by waiting (two budgets, a missing right) is still looked at again: people repair things.
+const STUCK_RETRY: Duration = Duration::from_secs(5);
+const STUCK_RETRY_MOST: Duration = Duration::from_secs(15);
+/// A lost answer says nothing about the pod: ask again soon, on another connection.
+const LOST_RETRY: Duration = Duration::from_millis(100);
+const LOST_RETRY_MOST: Duration = Duration::from_secs(2);
+/// The API server's own Retry-After when it throttles, where the answer does not carry it.
+const THROTTLED_RETRY: Duration = Duration::from_secs(1);
+
+const DELETE_RETRY_MOST: Duration = Duration::from_secs(1);
+
+/// Why a pod cannot be evicted now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Why {
+    /// A disruption budget allows none.
+    Budget,
+    /// A disruption budget protects a pod that is running and not ready; it may never become evictable.
+    Unhealthy,
+    /// Several budgets cover it.
+    MultipleBudgets,
+    /// Its namespace is being deleted, and it goes with it.
+    NamespaceTerminating,
+    /// We may not.
+    Forbidden,
+    /// The API server failed.
+    Failing,
+}
+
+impl Why {
+    /// For people.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Budget => "blocked by a disruption budget",
+            Self::Unhealthy => {
+                "blocked by a disruption budget while not ready (unhealthyPodEvictionPolicy: AlwaysAllow would let it go)"
+            }
+            Self::MultipleBudgets => {
+                "covered by more than one disruption budget, which the eviction API does not support"
+            }
+            Self::NamespaceTerminating => "its namespace is being deleted",
+            Self::Forbidden => "not allowed to evict it",
+            Self::Failing => "the API server failed",
+        }
+    }
+}
+
+/// What to do after an answer without effect.
+struct Setback {
+    wait: Duration,
+    why: Option<(Why, String)>,
+}
+
+impl Drain {
+    pub(super) fn answered(&mut self, uid: &PodUid, ask: Ask, answer: Answer, now: Moment, effects: &mut Vec<Effect>) {
+        self.in_flight = self.in_flight.saturating_sub(1);
+        let Some(index) = self.find(uid) else { return };
+        let State::Asked { sent_at, grace, before } = self.pods[index].state else {
+            // It went, or was given up, while the request was under way.
+            if answer == Answer::Accepted {
+                self.accepted_at(now);
+            }
+            return;
+        };
+        match answer {
+            Answer::Throttled { .. } => self.window.throttled(sent_at, now),
+            Answer::Unknown { .. } => {}
+            _ => self.window.answered(),
+        }
+        match answer {
+            Answer::Accepted => self.accepted(index, grace, sent_at, now),
+            Answer::Gone | Answer::Replaced => self.gone(index, now, effects),
+            other => {
+                let mut setback = self.setback(index, other);
+                if ask == Ask::Delete {
+                    // A deletion that came to nothing has no time to wait long.
+                    setback.wait = setback.wait.min(DELETE_RETRY_MOST);
+                }
+                self.pods[index].set_back(now.after(setback.wait), grace, before);
+                self.tell(index, setback.why, now, effects);
+            }
+        }
+    }
+
+    fn accepted_at(&mut self, now: Moment) {
+        self.stamps.first_accepted.get_or_insert(now);
+        self.stamps.last_accepted = Some(now);
+    }
+
+    fn accepted(&mut self, index: usize, grace: Option<u32>, sent_at: Moment, now: Moment) {
+        self.accepted_at(now);
+        let pod = &mut self.pods[index];
+        let seconds = grace.unwrap_or(pod.facts.grace_seconds);
+        pod.blocked = None;
+        pod.tries = 0;
+        // Counted from when it was sent: the server's clock for it started no earlier, so it ends no earlier either.
+        pod.state = State::Terminating {
+            until: sent_at.after(Duration::from_secs(seconds.into())),
+            asked: Some(seconds),
+            retry_at: None,
+        };
+    }
+
+    /// How long to wait after `answer`, and what a person should know about it.
+    fn setback(&self, index: usize, answer: Answer) -> Setback {
+        let pod = &self.pods[index];
+        let plain = |base, most| pod.back_off(base, most);
+        match answer {
+            Answer::Budget { message, retry_after } => {
+                let why = if pod.facts.ready { Why::Budget } else { Why::Unhealthy };
+                let wait = retry_after.unwrap_or_else(|| plain(BUDGET_RETRY, BUDGET_RETRY_MOST));
+                Setback { wait, why: Some((why, message)) }
+            }
+            Answer::MultipleBudgets { message } => {
+                Setback { wait: plain(STUCK_RETRY, STUCK_RETRY_MOST), why: Some((Why::MultipleBudgets, message)) }
+            }
+            Answer::Throttled { retry_after } => {
+                // Later by up to half again, so that those who were refused together do not return together.
+                let wait = retry_after.unwrap_or(THROTTLED_RETRY);
+                Setback { wait: wait.mul_f64(1.0 + 0.5 * pod.spread()), why: None }
+            }
+            Answer::NamespaceTerminating => {
+                let message = "waiting for it to go with its namespace".to_owned();
+                Setback { wait: STUCK_RETRY, why: Some((Why::NamespaceTerminating, message)) }
+            }
+            Answer::Forbidden { message } => {
+                Setback { wait: plain(STUCK_RETRY, STUCK_RETRY_MOST), why: Some((Why::Forbidden, message)) }
+            }
+            Answer::Failed { message } => {
+                Setback { wait: plain(BUDGET_RETRY, BUDGET_RETRY_MOST), why: Some((Why::Failing, message)) }
+            }
+            Answer::Unknown { .. } | Answer::Accepted | Answer::Gone | Answer::Replaced => {
+                Setback { wait: plain(LOST_RETRY, LOST_RETRY_MOST), why: None }
+            }
+        }
+    }
+
+    fn tell(&mut self, index: usize, why: Option<(Why, String)>, now: Moment, effects: &mut Vec<Effect>) {
+        let latest = self.budget.latest_start(self.pods[index].facts.grace_seconds);
+        let pod = &mut self.pods[index];
+        let Some((why, message)) = why else { return };
+        pod.blocked = Some(why);
+        pod.last_message.clone_from(&message);
+        if !pod.told.contains(&why) {
+            pod.told.push(why);
+            let waits = latest.map(|latest| latest.since(now));
+            effects.push(pod.note(News::Blocked { why, message, waits }));
+        }
+    }
+}

@@ -1,0 +1,469 @@
+//! Tables and properties of the drain, on a virtual clock.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::plan::{
+    Owner,
+    classify::tests::{pod, rules},
+};
+
+const START: u64 = 10_000;
+
+fn s(seconds: u64) -> Moment {
+    ms(seconds * 1000)
+}
+
+fn ms(millis: u64) -> Moment {
+    Moment(Duration::from_millis(START * 1000 + millis))
+}
+
+fn settings() -> Settings {
+    Settings { rules: rules(), margin: Duration::from_secs(2), at_deadline: AtDeadline::Auto, max_in_flight: 110 }
+}
+
+fn graceful(name: &str, grace_seconds: u32) -> PodFacts {
+    PodFacts { grace_seconds, ..pod(name) }
+}
+
+fn hard(at: u64) -> Drain {
+    Drain::new(settings(), Limit::Hard(s(at)), s(0))
+}
+
+fn uid(name: &str) -> PodUid {
+    PodUid(format!("uid-{name}"))
+}
+
+fn answer(drain: &mut Drain, name: &str, ask: Ask, answer: Answer, now: Moment) -> Vec<Effect> {
+    drain.step(Input::Answered { pod: uid(name), ask, answer }, now)
+}
+
+fn budget() -> Answer {
+    Answer::Budget {
+        message: "The disruption budget b0 does not allow evicting pods currently".into(),
+        retry_after: None,
+    }
+}
+
+/// `evict a 30`, `delete a 10`: the requests among the effects.
+fn requests(effects: &[Effect]) -> Vec<String> {
+    let grace = |seconds: Option<u32>| seconds.map_or("own".into(), |seconds| seconds.to_string());
+    let words = effects.iter().filter_map(|effect| match effect {
+        Effect::Evict { pod, grace_seconds } => Some(format!("evict {} {}", pod.name, grace(*grace_seconds))),
+        Effect::Delete { pod, grace_seconds, .. } => Some(format!("delete {} {grace_seconds}", pod.name)),
+        Effect::Note(_) => None,
+    });
+    words.collect()
+}
+
+fn news(effects: &[Effect]) -> Vec<&News> {
+    effects.iter().filter_map(|e| if let Effect::Note(note) = e { Some(&note.news) } else { None }).collect()
+}
+
+#[test]
+fn all_pods_are_asked_at_once_in_order_of_tier_priority_and_need() {
+    let tier =
+        |name, word: &str| PodFacts { annotations: BTreeMap::from([("evict".into(), word.into())]), ..pod(name) };
+    let critical = PodFacts { priority: 2_000_000_000, ..pod("critical") };
+    let list = vec![tier("last", "last"), critical, pod("plain"), graceful("slow", 100), tier("first", "first")];
+    let effects = hard(120).step(Input::Listed(list), s(0));
+    assert_eq!(
+        requests(&effects),
+        ["evict first 30", "evict slow 100", "evict plain 30", "evict critical 30", "evict last 30"]
+    );
+}
+
+#[test]
+fn nothing_is_asked_before_the_list_is_complete() {
+    let mut drain = hard(120);
+    assert_eq!(drain.step(Input::Seen(pod("a")), s(0)), []);
+    assert_eq!(drain.step(Input::Tick, s(1)), []);
+    assert!(!drain.is_finished());
+    assert_eq!(requests(&drain.step(Input::Listed(vec![pod("a")]), s(1))), ["evict a 30"]);
+}
+
+#[test]
+fn f6_accepted_is_not_gone() {
+    let mut drain = hard(120);
+    drain.step(Input::Listed(vec![pod("a")]), s(0));
+    answer(&mut drain, "a", Ask::Evict, Answer::Accepted, s(0));
+    assert!(!drain.is_finished());
+    drain.step(Input::Gone(uid("a")), s(5));
+    assert!(drain.is_finished());
+    assert_eq!(drain.stamps(), Stamps { first_accepted: Some(s(0)), last_accepted: Some(s(0)), last_gone: Some(s(5)) });
+}
+
+#[test]
+fn an_empty_node_is_drained_at_once() {
+    let mut drain = hard(120);
+    drain.step(Input::Listed(vec![PodFacts { owner: Owner::DaemonSet, ..pod("a") }]), s(0));
+    assert!(drain.is_finished());
+    assert_eq!(drain.next_wake(), None);
+}
+
+#[test]
+fn a_pod_whose_containers_have_ended_is_gone_whatever_holds_its_object() {
+    let mut drain = hard(120);
+    drain.step(Input::Listed(vec![pod("a")]), s(0));
+    answer(&mut drain, "a", Ask::Evict, Answer::Accepted, s(0));
+    drain.step(Input::Seen(PodFacts { finished: true, terminating_until: Some(s(30)), ..pod("a") }), s(3));
+    assert!(drain.is_finished());
+}
+
+#[test]
+fn f29_a_budget_is_respected_until_the_latest_start_and_not_longer() {
+    let mut drain = hard(120);
+    drain.step(Input::Listed(vec![pod("a")]), s(0));
+    let effects = answer(&mut drain, "a", Ask::Evict, budget(), s(0));
+    assert!(
+        matches!(news(&effects)[..], [News::Blocked { why: Why::Budget, waits: Some(wait), .. }] if wait.as_secs() == 88)
+    );
+    let mut evictions = 0;
+    loop {
+        let wake = drain.next_wake().unwrap();
+        let effects = drain.step(Input::Tick, wake);
+        if requests(&effects) == ["evict a 30"] {
+            evictions += 1;
+            assert_eq!(news(&answer(&mut drain, "a", Ask::Evict, budget(), wake)), Vec::<&News>::new(), "told once");
+            continue;
+        }
+        assert_eq!(wake, s(88));
+        assert_eq!(requests(&effects), ["delete a 30"]);
+        assert!(matches!(news(&effects)[..], [News::DeletedAtDeadline { .. }]));
+        break;
+    }
+    assert!((15..60).contains(&evictions), "asked {evictions} times in 88 s");
+    answer(&mut drain, "a", Ask::Delete, Answer::Accepted, s(88));
+    drain.step(Input::Gone(uid("a")), s(100));
+    assert!(drain.is_finished());
+    assert_eq!(drain.progress(), Progress { total: 1, gone: 1, deleted: 1, ..Progress::default() });
+}
+
+#[test]
+fn f15_ten_replicas_with_a_long_grace_are_not_all_deleted_at_once() {
+    let mut drain = hard(120);
+    let names: Vec<String> = (0..10).map(|n| format!("p{n}")).collect();
+    drain.step(Input::Listed(names.iter().map(|name| graceful(name, 600)).collect()), s(0));
+    for name in &names {
+        answer(&mut drain, name, Ask::Evict, budget(), s(0));
+    }
+    let effects = drain.step(Input::Tick, s(57));
+    assert!(requests(&effects).iter().all(|request| request.starts_with("evict")), "{effects:?}");
+}
+
+#[test]
+fn a_soft_deadline_leaves_what_a_budget_protects_and_sends_no_grace() {
+    let mut drain = Drain::new(settings(), Limit::ByGrace, s(0));
+    let effects = drain.step(Input::Listed(vec![graceful("a", 40), graceful("b", 10)]), s(0));
+    assert_eq!(requests(&effects), ["evict a own", "evict b own"]);
+    assert_eq!(drain.limit(), Limit::Soft(s(100)), "the longest grace and a minute");
+    answer(&mut drain, "a", Ask::Evict, budget(), s(0));
+    answer(&mut drain, "b", Ask::Evict, Answer::Gone, s(0));
+    while let Some(wake) = drain.next_wake() {
+        if requests(&drain.step(Input::Tick, wake)) == ["evict a own"] {
+            answer(&mut drain, "a", Ask::Evict, budget(), wake);
+        }
+    }
+    assert_eq!(drain.left(), ["shop/a"]);
+    assert!(drain.is_finished());
+}
+
+#[test]
+fn a_closer_deadline_shortens_what_would_outlast_it_and_takes_up_what_was_left() {
+    let mut drain = Drain::new(settings(), Limit::Soft(s(1000)), s(0));
+    drain.step(Input::Listed(vec![graceful("long", 600), graceful("short", 20), graceful("stuck", 30)]), s(0));
+    answer(&mut drain, "long", Ask::Evict, Answer::Accepted, s(0));
+    answer(&mut drain, "short", Ask::Evict, Answer::Accepted, s(0));
+    answer(&mut drain, "stuck", Ask::Evict, Answer::MultipleBudgets { message: "m".into() }, s(0));
+    let effects = drain.step(Input::Deadline(Limit::Hard(s(122))), s(2));
+    assert_eq!(requests(&effects), ["evict long 118"], "the short one fits, the stuck one waits");
+    answer(&mut drain, "long", Ask::Evict, Answer::Accepted, s(2));
+    assert_eq!(requests(&drain.step(Input::Tick, s(3))), Vec::<String>::new(), "asked once");
+    assert_eq!(requests(&drain.step(Input::Deadline(Limit::Hard(s(62))), s(4))), ["evict long 56"]);
+}
+
+#[test]
+fn pods_that_others_delete_are_waited_for_unless_they_would_outlast_the_power() {
+    let dying = |name, until| PodFacts { terminating_until: Some(s(until)), ..graceful(name, 600) };
+    let effects = hard(120).step(Input::Listed(vec![dying("soon", 60), dying("late", 600)]), s(0));
+    assert_eq!(requests(&effects), ["evict late 118"]);
+}
+
+#[test]
+fn a_late_pod_is_treated_like_the_others_also_after_the_end_of_the_drain() {
+    let mut drain = hard(120);
+    drain.step(Input::Listed(vec![]), s(0));
+    assert!(drain.is_finished());
+    assert_eq!(requests(&drain.step(Input::Seen(graceful("late", 600)), s(10))), ["evict late 108"]);
+    assert!(!drain.is_finished());
+}
+
+#[test]
+fn a_deadline_in_the_past_still_evicts() {
+    let mut drain = Drain::new(settings(), Limit::Hard(s(0)), s(60));
+    let effects = drain.step(Input::Listed(vec![pod("a"), pod("b")]), s(60));
+    assert_eq!(requests(&effects), ["evict a 1", "evict b 1"]);
+    assert_eq!(requests(&answer(&mut drain, "a", Ask::Evict, budget(), s(60))), ["delete a 1"]);
+}
+
+#[test]
+fn throttling_halves_the_window_once_for_each_burst_and_is_no_budget() {
+    let mut drain = Drain::new(Settings { max_in_flight: 16, ..settings() }, Limit::Hard(s(120)), s(0));
+    let names: Vec<String> = (0..40).map(|n| format!("p{n:02}")).collect();
+    let effects = drain.step(Input::Listed(names.iter().map(|name| pod(name)).collect()), s(0));
+    assert_eq!(requests(&effects).len(), 16);
+    for name in &names[..16] {
+        let effects = answer(&mut drain, name, Ask::Evict, Answer::Throttled { retry_after: None }, ms(100));
+        assert_eq!(news(&effects), Vec::<&News>::new());
+        assert!(drain.in_flight() <= 16);
+    }
+    assert_eq!(drain.in_flight(), 8);
+    assert_eq!(drain.progress().blocked, 0);
+}
+
+#[test]
+fn a_lost_answer_is_asked_again_unless_the_pod_is_seen_to_stop() {
+    let mut drain = hard(120);
+    drain.step(Input::Listed(vec![pod("a"), pod("b")]), s(0));
+    drain.step(Input::Seen(PodFacts { terminating_until: Some(s(30)), ..pod("b") }), s(1));
+    let lost = || Answer::Unknown { message: "timed out".into() };
+    answer(&mut drain, "a", Ask::Evict, lost(), s(2));
+    answer(&mut drain, "b", Ask::Evict, lost(), s(2));
+    assert_eq!(requests(&drain.step(Input::Tick, s(3))), ["evict a 30"]);
+    assert_eq!(drain.progress().terminating, 1);
+}
+
+#[test]
+fn a_missing_right_is_told_once_and_does_not_stop_the_others() {
+    let mut drain = hard(120);
+    drain.step(Input::Listed(vec![pod("a"), pod("b")]), s(0));
+    let forbidden = || Answer::Forbidden { message: "not allowed to create pods/eviction".into() };
+    assert_eq!(news(&answer(&mut drain, "a", Ask::Evict, forbidden(), s(0))).len(), 1);
+    answer(&mut drain, "b", Ask::Evict, Answer::Accepted, s(0));
+    drain.step(Input::Tick, s(10));
+    assert_eq!(news(&answer(&mut drain, "a", Ask::Evict, forbidden(), s(10))).len(), 0);
+    assert_eq!(requests(&drain.step(Input::Tick, s(88))), ["delete a 30"]);
+}
+
+#[test]
+fn what_is_left_at_the_end_is_named() {
+    let mut drain = hard(120);
+    drain.step(Input::Listed(vec![pod("a"), pod("b")]), s(0));
+    answer(&mut drain, "a", Ask::Evict, Answer::Accepted, s(0));
+    let effects = drain.step(Input::Tick, s(118));
+    assert_eq!(news(&effects).iter().filter(|news| matches!(news, News::Left { .. })).count(), 2);
+    assert_eq!(drain.left(), ["shop/a", "shop/b"]);
+    drain.step(Input::Gone(uid("a")), s(119));
+    assert_eq!(drain.left(), ["shop/b"], "told as it is, also after the end");
+}
+
+/// A pod of the random world.
+#[derive(Debug, Clone)]
+struct Actor {
+    grace: u32,
+    /// Seconds that it takes to exit once asked.
+    exits_after: u32,
+    /// Second until which its budget allows nothing.
+    blocked_until: u32,
+    /// Which of its answers are lost, throttled or failed, by turn.
+    faults: Vec<u8>,
+    appears_at: u32,
+    skipped: bool,
+}
+
+fn actors() -> impl Strategy<Value = Vec<Actor>> {
+    let actor = (0..700_u32, 0..200_u32, 0..200_u32, prop::collection::vec(0..6_u8, 0..6), 0..60_u32, any::<bool>())
+        .prop_map(|(grace, exits_after, blocked_until, faults, appears, late)| Actor {
+            grace,
+            exits_after,
+            blocked_until: if blocked_until < 80 { 0 } else { blocked_until },
+            faults,
+            appears_at: if late { appears } else { 0 },
+            skipped: appears % 7 == 0,
+        });
+    prop::collection::vec(actor, 0..30)
+}
+
+/// The world around a drain: answers after 50 ms, kills after the grace.
+struct World {
+    drain: Drain,
+    actors: Vec<Actor>,
+    now: u64,
+    answers: Vec<(u64, usize, Ask, Option<u32>)>,
+    exits: BTreeMap<usize, u64>,
+    turn: Vec<usize>,
+    in_flight: BTreeSet<usize>,
+    granted: BTreeMap<usize, u32>,
+    limit: Limit,
+    most: usize,
+}
+
+impl World {
+    fn facts(&self, index: usize) -> PodFacts {
+        let actor = &self.actors[index];
+        let owner = if actor.skipped { Owner::DaemonSet } else { Owner::Controller("Job".into()) };
+        PodFacts { owner, ..graceful(&format!("p{index}"), actor.grace) }
+    }
+
+    fn check(&mut self, effects: Vec<Effect>) {
+        for effect in effects {
+            let (pod, ask, grace) = match effect {
+                Effect::Evict { pod, grace_seconds } => (pod, Ask::Evict, grace_seconds),
+                Effect::Delete { pod, grace_seconds, .. } => (pod, Ask::Delete, Some(grace_seconds)),
+                Effect::Note(_) => continue,
+            };
+            let index: usize = pod.name[1..].parse().unwrap();
+            let actor = &self.actors[index];
+            assert!(!actor.skipped, "a skipped pod was asked");
+            assert!(self.in_flight.insert(index), "asked while being asked");
+            assert!(self.in_flight.len() <= self.most);
+            let now = ms(self.now);
+            if let Limit::Hard(limit) = self.limit {
+                let grace = grace.expect("a grace under a hard deadline");
+                assert!(grace >= 1 && grace <= actor.grace.max(1), "grace {grace} of {}", actor.grace);
+                let end = now.after(Duration::from_secs(grace.into()));
+                assert!(grace == 1 || end <= limit.before(Duration::from_secs(2)), "grace {grace} past the deadline");
+                if ask == Ask::Delete {
+                    assert!(now >= self.drain.budget.latest_start(actor.grace).unwrap());
+                }
+            } else {
+                assert_eq!((ask, grace), (Ask::Evict, None), "soft: the pod's own grace, and no deletion");
+            }
+            if let (Some(granted), Some(grace)) = (self.granted.get(&index), grace) {
+                assert!(grace < *granted, "asked again without a reason");
+            } else {
+                assert!(!self.granted.contains_key(&index), "asked again without a reason");
+            }
+            self.answers.push((self.now + 50, index, ask, grace));
+        }
+    }
+
+    fn answer(&mut self, index: usize, ask: Ask, grace: Option<u32>) {
+        self.in_flight.remove(&index);
+        let turn = self.turn[index];
+        self.turn[index] += 1;
+        let actor = self.actors[index].clone();
+        let message = String::new;
+        let gone = self.exits.get(&index).is_some_and(|at| *at <= self.now);
+        let answer = match actor.faults.get(turn) {
+            _ if gone => Answer::Gone,
+            Some(0) => Answer::Throttled { retry_after: None },
+            Some(1) => Answer::Failed { message: message() },
+            Some(2) => Answer::Forbidden { message: message() },
+            Some(3) => Answer::Unknown { message: message() },
+            _ if ask == Ask::Evict
+                && self.now < u64::from(actor.blocked_until) * 1000
+                && !self.granted.contains_key(&index) =>
+            {
+                budget()
+            }
+            _ => Answer::Accepted,
+        };
+        if answer == Answer::Accepted {
+            let seconds = grace.unwrap_or(actor.grace);
+            self.granted.insert(index, seconds);
+            let exit = self.now + u64::from(seconds.min(actor.exits_after)) * 1000;
+            let known = self.exits.entry(index).or_insert(exit);
+            *known = (*known).min(exit);
+        }
+        let uid = uid(&format!("p{index}"));
+        let effects = self.drain.step(Input::Answered { pod: uid, ask, answer }, ms(self.now));
+        self.check(effects);
+    }
+
+    /// Runs until nothing happens any more; returns the last moment.
+    fn run(&mut self, escalation: Option<(u64, Limit)>) {
+        let mut escalation = escalation;
+        let mut exited = BTreeSet::new();
+        let mut appeared: BTreeSet<usize> =
+            (0..self.actors.len()).filter(|i| self.actors[*i].appears_at == 0).collect();
+        let list = appeared.iter().map(|index| self.facts(*index)).collect();
+        let effects = self.drain.step(Input::Listed(list), ms(0));
+        self.limit = self.drain.limit();
+        self.check(effects);
+        for _ in 0..200_000 {
+            let wake = self.drain.next_wake().map(|wake| wake.since(ms(0)).as_nanos().div_ceil(1_000_000) as u64);
+            let answers = self.answers.iter().map(|(at, ..)| *at).min();
+            let exit = self.exits.iter().filter(|(index, _)| !exited.contains(*index)).map(|(_, at)| *at).min();
+            let arrival = (0..self.actors.len())
+                .filter(|i| !appeared.contains(i))
+                .map(|i| u64::from(self.actors[i].appears_at) * 1000)
+                .min();
+            let next = [wake, answers, exit, arrival, escalation.map(|(at, _)| at)].into_iter().flatten().min();
+            let Some(next) = next else { return };
+            self.now = self.now.max(next);
+            let now = ms(self.now);
+            if let Some((_, limit)) = escalation.take_if(|(at, _)| *at <= self.now) {
+                self.limit = limit;
+                let effects = self.drain.step(Input::Deadline(limit), now);
+                self.check(effects);
+            } else if let Some(position) = self.answers.iter().position(|(at, ..)| *at <= self.now) {
+                let (_, index, ask, grace) = self.answers.remove(position);
+                self.answer(index, ask, grace);
+            } else if let Some(index) =
+                self.exits.iter().find(|(i, at)| **at <= self.now && !exited.contains(*i)).map(|(i, _)| *i)
+            {
+                exited.insert(index);
+                let effects = self.drain.step(Input::Gone(uid(&format!("p{index}"))), now);
+                self.check(effects);
+            } else if let Some(index) = (0..self.actors.len())
+                .find(|i| !appeared.contains(i) && u64::from(self.actors[*i].appears_at) * 1000 <= self.now)
+            {
+                appeared.insert(index);
+                let effects = self.drain.step(Input::Seen(self.facts(index)), now);
+                self.check(effects);
+            } else {
+                let effects = self.drain.step(Input::Tick, now);
+                self.check(effects);
+            }
+        }
+        panic!("the drain never came to rest");
+    }
+}
+
+fn world(actors: Vec<Actor>, limit: Limit, most: usize) -> World {
+    let settings = Settings { max_in_flight: most, ..settings() };
+    World {
+        drain: Drain::new(settings, limit, ms(0)),
+        turn: vec![0; actors.len()],
+        actors,
+        now: 0,
+        answers: Vec::new(),
+        exits: BTreeMap::new(),
+        in_flight: BTreeSet::new(),
+        granted: BTreeMap::new(),
+        limit,
+        most,
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_drain_under_a_hard_deadline_keeps_its_rules_and_ends(actors in actors(), deadline in 0..200_u64, most in 1..40_usize) {
+        let mut world = world(actors, Limit::Hard(s(deadline)), most);
+        world.run(None);
+        prop_assert!(world.drain.is_finished());
+        prop_assert_eq!(world.drain.in_flight(), 0);
+    }
+
+    #[test]
+    fn a_soft_drain_that_becomes_hard_keeps_its_rules_and_ends(actors in actors(), at in 0..100_u64, left in 1..150_u64) {
+        let mut world = world(actors, Limit::ByGrace, 110);
+        world.run(Some((at * 1000, Limit::Hard(s(at + left)))));
+        prop_assert!(world.drain.is_finished());
+    }
+
+    #[test]
+    fn under_a_hard_deadline_every_pod_is_told_to_stop(blocked in prop::collection::vec(any::<bool>(), 1..20), deadline in 6..200_u64) {
+        let actors = blocked.iter().map(|blocked| Actor {
+            grace: 60, exits_after: 3, blocked_until: if *blocked { 1000 } else { 0 }, faults: vec![], appears_at: 0, skipped: false,
+        });
+        let mut world = world(actors.collect(), Limit::Hard(s(deadline)), 110);
+        world.run(None);
+        prop_assert_eq!(world.granted.len(), blocked.len(), "each was asked, and accepted");
+    }
+}
