@@ -214,6 +214,8 @@ pub enum Report {
     Seen(Notice),
     /// A notice that was there is no longer open.
     Withdrawn(NoticeId, Withdrawal),
+    /// The source has told, for the first time since it started, all that it knows of this kind.
+    Synced(Kind),
 }
 
 #[cfg(test)]

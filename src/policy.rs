@@ -1,5 +1,7 @@
 //! The policy: what a notice makes us do, and when. Pure, and the only place that decides it.
 
+pub mod standing;
+
 use std::{collections::BTreeMap, time::Duration};
 
 use jiff::{SignedDuration, Timestamp};
