@@ -18,6 +18,9 @@ use support::{
     rights::Rights,
 };
 
+/// How long a pod takes to end.
+const EXIT: Duration = Duration::from_secs(3);
+
 #[tokio::main(flavor = "current_thread")]
 async fn main() {
     let Some(cp) = shared() else { return };
@@ -35,7 +38,8 @@ async fn main() {
 async fn bare_client(cp: &ControlPlane, run: usize, pods: usize) -> Took {
     let world = World::new(cp, &format!("bare-{run}")).await;
     let node = world.node("a").await;
-    world.run_many(&node, pods, |i| NewPod::new(format!("web-{i}"))).await;
+    // Long enough that the kubelet's own requests do not compete with the evictions.
+    world.run_many(&node, pods, |i| NewPod::new(format!("web-{i}")).exits_after(EXIT)).await;
     let kubelet = world.kubelet(&node);
     let agent = world.agent(&node, Rights::Node).await;
     let mut config = agent.config().await;

@@ -29,14 +29,9 @@ fn victim() {
     if std::env::var_os(VICTIM).is_none() {
         return;
     }
-    let child = keeper().spawn(Command::new("sleep").arg("600"));
+    let mut child = keeper().spawn(Command::new("sleep").arg("600"));
     println!("\nVICTIM {} {}", child.id(), keeper().dir().display());
-    if available() {
-        let plane = ControlPlane::start(Options::default());
-        println!("\nPLANE {}", plane.dir().display());
-        std::thread::sleep(Duration::from_secs(600));
-    }
-    std::thread::sleep(Duration::from_secs(600));
+    child.wait().unwrap();
 }
 
 #[tokio::test]

@@ -376,8 +376,16 @@ impl NewPod {
 /// Creates a pod on a node and gives it the status that a kubelet would have reported.
 pub(super) async fn create_pod(client: &Client, namespace: &str, node: &TestNode, pod: &NewPod) -> Pod {
     let pods: Api<Pod> = Api::namespaced(client.clone(), namespace);
-    let made = pods.create(&PostParams::default(), &object(pod.body(namespace, node))).await;
-    let name = made.expect("a pod").metadata.name.expect("a name");
+    let (api, body) = (&pods, &object(pod.body(namespace, node)));
+    // Admission learns of new priority classes and accounts a moment after they are stored.
+    let name = eventually("the pod is admitted", Duration::from_secs(10), || async move {
+        match api.create(&PostParams::default(), body).await {
+            Ok(made) => made.metadata.name,
+            Err(kube::Error::Api(status)) if status.code == 403 && status.message.contains("found") => None,
+            Err(error) => panic!("cannot make a pod: {error}"),
+        }
+    })
+    .await;
     pods.patch_status(&name, &PatchParams::default(), &Patch::Strategic(pod.status())).await.expect("its status")
 }
 
