@@ -1,2 +1,10 @@
-mod admin;
-mod config;
+//! The integration tests: one binary, a module per capability.
+//!
+//! What needs a real API server asks [`support::controlplane::shared`] and is skipped, in one line for the whole run,
+//! where the control plane was not built.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, unreachable_pub)]
+
+mod architecture;
+mod controlplane;
+mod support;
