@@ -1,1 +1,3 @@
-//! (in the making)
+//! Where notices come from. A source reads, decodes and reports; it decides nothing.
+
+pub mod imds;
