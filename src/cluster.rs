@@ -1,1 +1,466 @@
-//! (in the making)
+//! The Kubernetes adapter: everything that spotter asks the API server, in the words of the rest of the program.
+//!
+//! [`Cluster`] is cheap to clone. Each call takes its own time limit, is counted in [`Metrics`], and answers with what
+//! to do: [`Answer`](crate::plan::Answer) for a pod, [`ApplyError`] for the claim, [`Error`] with its [`Class`] for the rest.
+//!
+//! Rights (cluster-wide): nodes get, watch, patch; pods list, watch, delete; pods/eviction create; pods/status patch;
+//! events create. As its own node (`Identity::Node`) the API server narrows all of them to that node and its pods.
+
+mod access;
+mod decode;
+mod error;
+mod events;
+mod metrics;
+mod node;
+mod node_watch;
+mod pod_watch;
+mod pods;
+mod status;
+mod transport;
+mod watch;
+
+use std::{
+    fmt,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use http::{HeaderName, HeaderValue, Response};
+use hyper::body::Bytes;
+use kube::client::Body;
+use tokio::time::{Instant, timeout_at};
+use tracing::info;
+
+pub use self::{
+    error::{Class, Error, FieldConflict},
+    events::{About, EventNote, Recorder},
+    metrics::Metrics,
+    node::{ApplyError, NodeFacts, NodeIntent, RECORD_ANNOTATION, Ready, TERMINATING_LABEL},
+    node_watch::{NodeEvent, NodeWatch},
+    pod_watch::{PodEvent, PodWatch},
+    pods::PodRef,
+};
+use self::{
+    status::Status,
+    transport::{Lane, causes},
+};
+use crate::clock::Clock;
+
+/// How long the requests of [`Cluster::identify`] may take each.
+const IDENTIFY_LIMIT: Duration = Duration::from_secs(5);
+
+/// As whom to act.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum IdentityChoice {
+    /// As the own node where the API server allows it, otherwise directly.
+    #[default]
+    Auto,
+    /// As the own node or not at all.
+    Node,
+    /// With the rights of the credentials themselves.
+    Direct,
+}
+
+/// As whom requests are sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Identity {
+    /// `Impersonate-User: system:node:<name>`: the API server binds every right to the own node.
+    Node,
+    /// Without impersonation.
+    Direct,
+}
+
+/// The field managers of spotter's two modes. A claim excludes by this name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Manager {
+    Agent,
+    Queue,
+}
+
+impl Manager {
+    /// The field manager.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Agent => "spotter-agent",
+            Self::Queue => "spotter-queue",
+        }
+    }
+
+    /// The other mode.
+    pub const fn other(self) -> Self {
+        match self {
+            Self::Agent => Self::Queue,
+            Self::Queue => Self::Agent,
+        }
+    }
+
+    const fn mode(self) -> &'static str {
+        match self {
+            Self::Agent => "agent",
+            Self::Queue => "queue",
+        }
+    }
+}
+
+/// Which API server, which node, as whom.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// `None`: in a pod its ServiceAccount, otherwise `KUBECONFIG` or `~/.kube/config`.
+    pub kubeconfig: Option<PathBuf>,
+    /// `None`: the current context.
+    pub context: Option<String>,
+    /// The name of the own Node.
+    pub node: String,
+    pub identity: IdentityChoice,
+    /// Ours.
+    pub manager: Manager,
+}
+
+/// Every kind of request that is ever sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Call {
+    GetNode,
+    ApplyNode,
+    WatchNode,
+    ListPods,
+    WatchPods,
+    Evict,
+    MarkPod,
+    DeletePod,
+    CreateEvent,
+}
+
+impl Call {
+    const ALL: [Self; 9] = [
+        Self::GetNode,
+        Self::ApplyNode,
+        Self::WatchNode,
+        Self::ListPods,
+        Self::WatchPods,
+        Self::Evict,
+        Self::MarkPod,
+        Self::DeletePod,
+        Self::CreateEvent,
+    ];
+
+    /// For metrics.
+    const fn verb(self) -> &'static str {
+        match self {
+            Self::GetNode => "get",
+            Self::ApplyNode => "apply",
+            Self::WatchNode | Self::WatchPods => "watch",
+            Self::ListPods => "list",
+            Self::Evict | Self::CreateEvent => "create",
+            Self::MarkPod => "patch",
+            Self::DeletePod => "delete",
+        }
+    }
+
+    /// The verb of the permission: RBAC knows an apply as a patch.
+    const fn right(self) -> &'static str {
+        match self {
+            Self::ApplyNode => "patch",
+            _ => self.verb(),
+        }
+    }
+
+    const fn resource(self) -> &'static str {
+        match self {
+            Self::GetNode | Self::ApplyNode | Self::WatchNode => "nodes",
+            Self::ListPods | Self::WatchPods | Self::DeletePod => "pods",
+            Self::Evict => "pods/eviction",
+            Self::MarkPod => "pods/status",
+            Self::CreateEvent => "events",
+        }
+    }
+}
+
+/// A whole answer.
+struct Reply {
+    code: u16,
+    /// From the header, where it was given in seconds.
+    retry_after: Option<Duration>,
+    body: Bytes,
+    /// As whom it was asked.
+    identity: Identity,
+}
+
+impl Reply {
+    fn is_success(&self) -> bool {
+        (200..300).contains(&self.code)
+    }
+
+    fn status(&self) -> Status {
+        Status::read(&self.body)
+    }
+}
+
+struct Inner {
+    node: String,
+    choice: IdentityChoice,
+    manager: Manager,
+    /// For messages.
+    server: String,
+    client: kube::Client,
+    /// Sent with every request in each identity.
+    as_node: Vec<(HeaderName, HeaderValue)>,
+    as_itself: Vec<(HeaderName, HeaderValue)>,
+    direct: AtomicBool,
+    /// Whether the identity was logged.
+    announced: AtomicBool,
+    /// Whether the server does not support streaming lists.
+    lists_only: AtomicBool,
+    clock: Clock,
+    metrics: Metrics,
+}
+
+/// The API server, seen from one node.
+#[derive(Clone)]
+pub struct Cluster(Arc<Inner>);
+
+impl fmt::Debug for Cluster {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cluster").field("server", &self.0.server).field("node", &self.0.node).finish_non_exhaustive()
+    }
+}
+
+impl Cluster {
+    /// Reads the credentials and builds the client. Sends no request; a kubeconfig with an exec plugin runs it.
+    ///
+    /// # Errors
+    /// No usable configuration, a proxy in it, credentials that cannot be read, a node name that is none.
+    pub async fn new(settings: Settings, clock: Clock, metrics: Metrics) -> Result<Self, Error> {
+        let Settings { kubeconfig, context, node, identity: choice, manager } = settings;
+        access::check_node_name(&node)?;
+        let mut config = access::load(kubeconfig.as_deref(), context).await?;
+        let agent = format!("spotter/{} ({})", env!("CARGO_PKG_VERSION"), manager.mode());
+        let agent = HeaderValue::try_from(agent).map_err(|error| Error::config("the user agent", &error))?;
+        config.headers.push((http::header::USER_AGENT, agent));
+        let as_itself = access::take_impersonation(&mut config)?;
+        let as_node = access::impersonate(&format!("system:node:{node}"))?;
+        let inner = Inner {
+            client: transport::client(&config)?,
+            server: config.cluster_url.to_string().trim_end_matches('/').to_owned(),
+            node,
+            choice,
+            manager,
+            as_node: vec![as_node],
+            as_itself,
+            direct: AtomicBool::new(choice == IdentityChoice::Direct),
+            announced: AtomicBool::new(false),
+            lists_only: AtomicBool::new(false),
+            clock,
+            metrics,
+        };
+        Ok(Self(Arc::new(inner)))
+    }
+
+    /// The name of the own Node.
+    pub fn node_name(&self) -> &str {
+        &self.0.node
+    }
+
+    /// The URL of the API server, for messages.
+    pub fn server(&self) -> &str {
+        &self.0.server
+    }
+
+    /// As whom requests are sent now.
+    pub fn identity(&self) -> Identity {
+        if self.0.direct.load(Ordering::Relaxed) { Identity::Direct } else { Identity::Node }
+    }
+
+    /// Reads the own Node and finds out, on the way, as whom to act.
+    ///
+    /// # Errors
+    /// As [`Cluster::node`]; a 403 says what is missing.
+    pub async fn identify(&self) -> Result<NodeFacts, Error> {
+        let first = match self.0.choice {
+            IdentityChoice::Direct => Identity::Direct,
+            IdentityChoice::Auto | IdentityChoice::Node => Identity::Node,
+        };
+        let mut reply = self.get_node_as(first).await?;
+        let mut why = String::new();
+        if reply.code == 403 && self.0.choice == IdentityChoice::Auto {
+            why = reply.status().message;
+            let second = self.get_node_as(Identity::Direct).await?;
+            if second.code == 403 {
+                let mut error = self.refusal(Call::GetNode, &reply);
+                if let Error::Forbidden { message, .. } = &mut error {
+                    *message = format!("{message}; nor without impersonation: {}", second.status().message);
+                }
+                return Err(error);
+            }
+            reply = second;
+        }
+        let identity = reply.identity;
+        let facts = node::read(self, &reply)?;
+        self.0.direct.store(identity == Identity::Direct, Ordering::Relaxed);
+        self.announce(identity, &why);
+        Ok(facts)
+    }
+
+    fn announce(&self, identity: Identity, why: &str) {
+        if self.0.announced.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let server = &self.0.server;
+        match identity {
+            Identity::Node => {
+                info!(%server, "acting as system:node:{}: the API server binds every right to this node", self.0.node)
+            }
+            Identity::Direct if why.is_empty() => info!(%server, "acting with the credentials' own rights"),
+            Identity::Direct => {
+                info!(%server, why, "acting with the credentials' own rights: the API server does not allow acting as the own node");
+            }
+        }
+    }
+
+    async fn get_node_as(&self, identity: Identity) -> Result<Reply, Error> {
+        let request = node::get_request(&self.0.node)?;
+        self.once(Call::GetNode, Lane::Control, &request, identity, Instant::now() + IDENTIFY_LIMIT, IDENTIFY_LIMIT)
+            .await
+    }
+
+    /// Sends a request and reads the whole answer, whatever it is. Where the own node's identity is refused and was
+    /// only a belief, asks once more without it.
+    async fn exchange(&self, call: Call, lane: Lane, request: Outgoing, limit: Duration) -> Result<Reply, Error> {
+        let until = Instant::now() + limit;
+        let reply = self.once(call, lane, &request, self.identity(), until, limit).await?;
+        if !self.may_switch(&reply) {
+            return Ok(reply);
+        }
+        let again = self.once(call, lane, &request, Identity::Direct, until, limit).await?;
+        if matches!(again.code, 401 | 403) {
+            return Ok(reply);
+        }
+        self.switch_to_direct(&reply);
+        Ok(again)
+    }
+
+    fn switch_to_direct(&self, refused: &Reply) {
+        self.0.direct.store(true, Ordering::Relaxed);
+        self.0.announced.store(false, Ordering::Relaxed);
+        self.announce(Identity::Direct, &refused.status().message);
+    }
+
+    fn may_switch(&self, reply: &Reply) -> bool {
+        self.0.choice == IdentityChoice::Auto
+            && reply.identity == Identity::Node
+            && reply.code == 403
+            && reply.status().is_impersonation_refused()
+    }
+
+    async fn once(
+        &self,
+        call: Call,
+        lane: Lane,
+        request: &Outgoing,
+        identity: Identity,
+        until: Instant,
+        limit: Duration,
+    ) -> Result<Reply, Error> {
+        let _in_flight = self.0.metrics.start();
+        let answer = timeout_at(until, async {
+            let response = self.send(call, lane, request, identity).await?;
+            let code = response.status().as_u16();
+            let retry_after = retry_after(response.headers());
+            let body = response.into_body().collect_bytes().await;
+            let body = body.map_err(|error| self.broken(call, &error))?;
+            Ok(Reply { code, retry_after, body, identity })
+        });
+        match answer.await {
+            Ok(Ok(reply)) => {
+                self.0.metrics.answered(call, reply.code);
+                Ok(reply)
+            }
+            Ok(Err(error)) => {
+                self.0.metrics.failed(call);
+                Err(error)
+            }
+            Err(_) => {
+                self.0.metrics.timed_out(call);
+                Err(self.late(call, limit))
+            }
+        }
+    }
+
+    /// Sends a request and gives the answer's head; the body is still to come.
+    async fn send(
+        &self,
+        call: Call,
+        lane: Lane,
+        request: &Outgoing,
+        identity: Identity,
+    ) -> Result<Response<Body>, Error> {
+        let mut outgoing = request.clone().map(Body::from);
+        let headers = match identity {
+            Identity::Node => &self.0.as_node,
+            Identity::Direct => &self.0.as_itself,
+        };
+        for (name, value) in headers {
+            outgoing.headers_mut().append(name.clone(), value.clone());
+        }
+        outgoing.extensions_mut().insert(lane);
+        self.0.client.send(outgoing).await.map_err(|error| self.broken(call, &error))
+    }
+
+    fn broken(&self, call: Call, error: &kube::Error) -> Error {
+        if let Some(auth) = causes(error).find_map(|cause| cause.downcast_ref::<kube::client::AuthError>()) {
+            return Error::config("the credentials", auth);
+        }
+        Error::transport(&self.0.server, call, error)
+    }
+
+    fn late(&self, call: Call, limit: Duration) -> Error {
+        Error::Timeout { server: self.0.server.clone(), verb: call.verb(), resource: call.resource(), limit }
+    }
+
+    /// The error for an answer that is no success.
+    fn refusal(&self, call: Call, reply: &Reply) -> Error {
+        let status = reply.status();
+        match reply.code {
+            401 => Error::Unauthorized { server: self.0.server.clone(), message: status.message },
+            403 => {
+                let forced = self.0.choice == IdentityChoice::Node && status.is_impersonation_refused();
+                let user = match reply.identity {
+                    Identity::Node => Some(format!("system:node:{}", self.0.node)),
+                    Identity::Direct => None,
+                };
+                Error::Forbidden {
+                    verb: call.right(),
+                    resource: call.resource(),
+                    user,
+                    message: status.message,
+                    advice: if forced { error::GRANT_IMPERSONATION } else { error::GRANT },
+                }
+            }
+            404 => Error::NotFound { resource: call.resource(), message: status.message },
+            code => Error::Api { verb: call.verb(), resource: call.resource(), code, message: status.message },
+        }
+    }
+}
+
+/// A request before it is given an identity and a connection.
+type Outgoing = http::Request<Vec<u8>>;
+
+/// A request that cannot be built: only a name that is none can cause it.
+fn unbuildable(error: kube::core::request::Error) -> Error {
+    Error::config("a request", &error)
+}
+
+fn retry_after(headers: &http::HeaderMap) -> Option<Duration> {
+    let seconds = headers.get(http::header::RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
+    Some(Duration::from_secs(seconds))
+}
+
+/// A number of 0 up to 1 that differs each time. Spreads retries; nothing secret hangs on it.
+fn jitter() -> f64 {
+    use std::hash::{BuildHasher, Hasher};
+    let random = std::hash::RandomState::new().build_hasher().finish();
+    f64::from(u32::try_from(random >> 32).unwrap_or_default()) / f64::from(u32::MAX)
+}
