@@ -32,6 +32,7 @@ use std::{
 use http::{HeaderName, HeaderValue, Response};
 use hyper::body::Bytes;
 use kube::client::Body;
+use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, timeout_at};
 use tracing::info;
 
@@ -75,7 +76,8 @@ pub enum Identity {
 }
 
 /// The field managers of spotter's two modes. A claim excludes by this name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Manager {
     Agent,
     Queue,

@@ -60,6 +60,11 @@ impl MetricsRegistry {
         self.registry.register(name, help, metric);
     }
 
+    /// Where the parts of the program register theirs, under the same rule.
+    pub fn parts(&mut self) -> &mut Registry {
+        &mut self.registry
+    }
+
     /// All metrics as they are now.
     pub fn encode(&self, exposition: Exposition) -> Result<String, fmt::Error> {
         let mut out = String::new();

@@ -21,7 +21,7 @@ pub use client::{BaseUrl, DEFAULT_URL, Error, Identity, Imds, Path};
 pub use health::{Health, STALE_AFTER};
 pub use metrics::Metrics;
 
-use crate::notice::{Notice, Report};
+use crate::notice::Report;
 
 /// How often each path is read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -46,8 +46,8 @@ impl Default for Settings {
 
 /// Polls until `cancel`, and reports what is new, changed or gone: a notice that stays as it is makes one report.
 ///
-/// `known` are the notices that an earlier process took from here, as the record of the node tells them. Each is
-/// reported once more if it is still there, with the time at which it was first seen, and withdrawn if it is not.
+/// After the first good answer about a kind, [`Report::Synced`] tells that all of it has been reported: what a record
+/// remembers besides is no longer there.
 ///
 /// A full channel makes the polls wait; a failing metadata service never ends them. Returns when cancelled, or when
 /// nobody receives the reports any more, which is the one error.
@@ -55,13 +55,12 @@ pub async fn run(
     imds: &Imds,
     identity: &Identity,
     settings: &Settings,
-    known: &[Notice],
     reports: mpsc::Sender<Report>,
     health: &Health,
     cancel: CancellationToken,
 ) -> Result<(), Abandoned> {
-    let fast = poll::Spot::new(imds, &identity.instance, settings, known, health);
-    let slow = poll::Slow::new(imds, &identity.instance, settings, known);
+    let fast = poll::Spot::new(imds, &identity.instance, settings, health);
+    let slow = poll::Slow::new(imds, &identity.instance, settings);
     let both = async { tokio::try_join!(fast.run(&reports), slow.run(&reports)).map(|_| ()) };
     cancel.run_until_cancelled(both).await.unwrap_or(Ok(()))
 }

@@ -5,6 +5,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, unreachable_pub)]
 
+mod admin;
 mod architecture;
+mod config;
 mod controlplane;
 mod support;

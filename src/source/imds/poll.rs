@@ -31,17 +31,26 @@ const SLOW_BACK_OFF: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 struct Schedule {
     path: Path,
+    kind: Kind,
     every: Duration,
     longest_wait: Duration,
     next: Instant,
+    /// Whether all that the path knows has been told once.
+    synced: bool,
     failures: u32,
     logged: Option<Instant>,
 }
 
 impl Schedule {
     /// The first poll is due at once.
-    fn new(path: Path, every: Duration, longest_wait: Duration) -> Self {
-        Self { path, every, longest_wait, next: Instant::now(), failures: 0, logged: None }
+    fn new(path: Path, kind: Kind, every: Duration, longest_wait: Duration) -> Self {
+        Self { path, kind, every, longest_wait, next: Instant::now(), synced: false, failures: 0, logged: None }
+    }
+
+    /// To be told after the first answer and what it brought.
+    fn first_sync(&mut self) -> Option<Report> {
+        let first = !std::mem::replace(&mut self.synced, true);
+        first.then_some(Report::Synced(self.kind))
     }
 
     /// Takes note of how the poll that began at `began` went, and plans the next one.
@@ -104,12 +113,13 @@ impl<'a> Reporter<'a> {
                     }
                     let deadline = deadline.at().map_or_else(|| "none".to_owned(), |at| at.to_string());
                     let what = if is_new { "a notice" } else { "a notice has changed" };
-                    tracing::info!(%id, %kind, %instance, %deadline, detail, "{what}");
+                    tracing::debug!(%id, %kind, %instance, %deadline, detail, "{what}");
                 }
                 Report::Withdrawn(id, why) => {
                     self.open.remove(id);
-                    tracing::info!(%id, ?why, "a notice is no longer open");
+                    tracing::debug!(%id, ?why, "a notice is no longer open");
                 }
+                Report::Synced(_) => {}
             }
             to.send(report).await.map_err(|_| Abandoned)?;
         }
@@ -129,16 +139,10 @@ pub(super) struct Spot<'a> {
 }
 
 impl<'a> Spot<'a> {
-    pub(super) fn new(
-        imds: &'a Imds,
-        instance: &'a InstanceId,
-        settings: &Settings,
-        known: &[Notice],
-        health: &'a Health,
-    ) -> Self {
+    pub(super) fn new(imds: &'a Imds, instance: &'a InstanceId, settings: &Settings, health: &'a Health) -> Self {
         let every = settings.poll_interval;
-        let schedule = Schedule::new(Path::Spot, every, every.max(SPOT_BACK_OFF));
-        Self { imds, instance, health, schedule, tracked: Single::new(Kind::SpotInterruption, known), warned: None }
+        let schedule = Schedule::new(Path::Spot, Kind::SpotInterruption, every, every.max(SPOT_BACK_OFF));
+        Self { imds, instance, health, schedule, tracked: Single::default(), warned: None }
     }
 
     pub(super) async fn run(mut self, reports: &mpsc::Sender<Report>) -> Result<(), Abandoned> {
@@ -152,7 +156,7 @@ impl<'a> Spot<'a> {
                 Ok(news) => {
                     self.health.succeeded();
                     self.imds.metrics.succeeded(Timestamp::now());
-                    reporter.send(news, reports).await?;
+                    reporter.send(news.into_iter().chain(self.schedule.first_sync()), reports).await?;
                 }
                 Err(error) => self.health.failed(error.to_string()),
             }
@@ -223,21 +227,20 @@ pub(super) struct Slow<'a> {
 }
 
 impl<'a> Slow<'a> {
-    pub(super) fn new(imds: &'a Imds, instance: &'a InstanceId, settings: &Settings, known: &[Notice]) -> Self {
-        let schedule = |path, every| Schedule::new(path, every, SLOW_BACK_OFF);
-        let asg = known.iter().find(|notice| notice.kind == Kind::AsgTermination);
+    pub(super) fn new(imds: &'a Imds, instance: &'a InstanceId, settings: &Settings) -> Self {
+        let schedule = |path, kind, every| Schedule::new(path, kind, every, SLOW_BACK_OFF);
         Self {
             imds,
             instance,
             schedules: [
-                schedule(Path::Rebalance, settings.rebalance_interval),
-                schedule(Path::TargetState, settings.rebalance_interval),
-                schedule(Path::Scheduled, settings.maintenance_interval),
+                schedule(Path::Rebalance, Kind::RebalanceRecommendation, settings.rebalance_interval),
+                schedule(Path::TargetState, Kind::AsgTermination, settings.rebalance_interval),
+                schedule(Path::Scheduled, Kind::ScheduledMaintenance, settings.maintenance_interval),
             ],
-            rebalance: Single::new(Kind::RebalanceRecommendation, known),
+            rebalance: Single::default(),
             rebalance_warned: None,
-            lifecycle: Followed { last: None, open: asg.cloned() },
-            maintenance: Maintenance::new(known),
+            lifecycle: Followed::default(),
+            maintenance: Maintenance::default(),
         }
     }
 
@@ -254,6 +257,9 @@ impl<'a> Slow<'a> {
                 _ => self.poll_maintenance(&mut news).await,
             };
             self.schedules[due].after(began, polled.as_ref().err());
+            if polled.is_ok() {
+                news.extend(self.schedules[due].first_sync());
+            }
             reporter.send(news, reports).await?;
         }
     }

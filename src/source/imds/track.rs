@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, mem};
 use jiff::{SignedDuration, Timestamp};
 
 use crate::notice::{
-    Deadline, Kind, Notice, NoticeId, Report, Withdrawal,
+    Deadline, Notice, NoticeId, Report, Withdrawal,
     decode::imds::maintenance::{Entry, Events},
 };
 
@@ -19,50 +19,33 @@ const MISSING_POLLS: u8 = 3;
 /// would otherwise make a new one with each poll.
 const SAME_RECOMMENDATION: SignedDuration = SignedDuration::from_secs(60);
 
-/// A notice, and whether this process has told it.
-#[derive(Debug, Clone)]
-struct Open {
-    notice: Notice,
-    told: bool,
-}
-
-impl Open {
-    fn known(notice: &Notice) -> Self {
-        Self { notice: notice.clone(), told: false }
-    }
-}
-
 /// The one notice of a path that is 404 as long as there is none.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Single {
-    open: Option<Open>,
+    /// As it was told.
+    open: Option<Notice>,
     absent: u8,
 }
 
 impl Single {
-    /// Goes on from what an earlier process knew of this kind.
-    pub(super) fn new(kind: Kind, known: &[Notice]) -> Self {
-        Self { open: known.iter().find(|notice| notice.kind == kind).map(Open::known), absent: 0 }
-    }
-
     /// When the notice that is open was seen first; `now` where none is. A body without a usable time is counted from
     /// here, so that its deadline does not move with each poll.
     pub(super) fn first_seen(&self, now: Timestamp) -> Timestamp {
-        self.open.as_ref().map_or(now, |open| open.notice.noticed_at)
+        self.open.as_ref().map_or(now, |open| open.noticed_at)
     }
 
     /// The path shows a notice.
     pub(super) fn present(&mut self, mut notice: Notice, now: Timestamp) -> Option<Report> {
         self.absent = 0;
         if let Some(open) = &self.open {
-            if is_the_same(&open.notice, &notice, now) {
-                notice = open.notice.clone();
+            if is_the_same(open, &notice, now) {
+                notice = open.clone();
             }
-            if open.told && open.notice == notice {
+            if *open == notice {
                 return None;
             }
         }
-        self.open = Some(Open { notice: notice.clone(), told: true });
+        self.open = Some(notice.clone());
         Some(Report::Seen(notice))
     }
 
@@ -72,7 +55,7 @@ impl Single {
         if self.absent < ABSENT_POLLS {
             return None;
         }
-        self.open.take().map(|open| Report::Withdrawn(open.notice.id, Withdrawal::Vanished))
+        self.open.take().map(|open| Report::Withdrawn(open.id, Withdrawal::Vanished))
     }
 
     /// The path says nothing that can be used.
@@ -99,22 +82,14 @@ fn is_the_same(open: &Notice, shown: &Notice, now: Timestamp) -> bool {
 }
 
 /// The maintenance events that are open, by id.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Maintenance {
-    open: BTreeMap<NoticeId, (Open, u8)>,
+    /// As they were told, and for how many polls running they have been missing.
+    open: BTreeMap<NoticeId, (Notice, u8)>,
     warned: Vec<String>,
 }
 
 impl Maintenance {
-    /// Goes on from what an earlier process knew.
-    pub(super) fn new(known: &[Notice]) -> Self {
-        let of_this_kind = known.iter().filter(|notice| notice.kind == Kind::ScheduledMaintenance);
-        Self {
-            open: of_this_kind.map(|notice| (notice.id.clone(), (Open::known(notice), 0))).collect(),
-            warned: Vec::new(),
-        }
-    }
-
     /// What the list of scheduled events says that is news.
     pub(super) fn scheduled(&mut self, events: &Events) -> Vec<Report> {
         let mut news = Vec::new();
@@ -158,12 +133,12 @@ impl Maintenance {
         let mut notice = notice.clone();
         if let Some((open, missing)) = self.open.get_mut(&notice.id) {
             *missing = 0;
-            notice.noticed_at = open.notice.noticed_at;
-            if open.told && open.notice == notice {
+            notice.noticed_at = open.noticed_at;
+            if *open == notice {
                 return None;
             }
         }
-        self.open.insert(notice.id.clone(), (Open { notice: notice.clone(), told: true }, 0));
+        self.open.insert(notice.id.clone(), (notice.clone(), 0));
         Some(Report::Seen(notice))
     }
 
@@ -184,7 +159,7 @@ impl Maintenance {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::notice::{InstanceId, MaintenanceCode, Source};
+    use crate::notice::{InstanceId, Kind, MaintenanceCode, Source};
 
     fn at(second: i64) -> Timestamp {
         Timestamp::from_second(second).unwrap()
@@ -222,7 +197,7 @@ mod tests {
 
     #[test]
     fn f4_a_notice_that_stays_is_told_once() {
-        let mut tracked = Single::new(Kind::SpotInterruption, &[]);
+        let mut tracked = Single::default();
         assert_eq!(tracked.present(spot(1_120), at(1_000)), Some(Report::Seen(spot(1_120))));
         for now in 1_001..1_200 {
             assert_eq!(tracked.present(spot(1_120), at(now)), None);
@@ -231,7 +206,7 @@ mod tests {
 
     #[test]
     fn an_end_moves_closer_but_not_away_before_it_is_past() {
-        let mut tracked = Single::new(Kind::SpotInterruption, &[]);
+        let mut tracked = Single::default();
         tracked.present(spot(1_120), at(1_000));
         assert_eq!(tracked.present(spot(1_121), at(1_001)), None, "a service that counts from each request");
         assert_eq!(tracked.present(spot(1_100), at(1_002)), Some(Report::Seen(spot(1_100))));
@@ -243,7 +218,7 @@ mod tests {
     #[test]
     fn recommendations_that_differ_by_seconds_are_one() {
         let rebalance = |second| notice(Kind::RebalanceRecommendation, Deadline::SoftByGrace, second);
-        let mut tracked = Single::new(Kind::RebalanceRecommendation, &[]);
+        let mut tracked = Single::default();
         assert!(tracked.present(rebalance(1_000), at(1_000)).is_some());
         assert_eq!(tracked.present(rebalance(1_059), at(1_059)), None);
         assert_eq!(tracked.present(rebalance(1_060), at(1_060)), Some(Report::Seen(rebalance(1_060))));
@@ -251,7 +226,7 @@ mod tests {
 
     #[test]
     fn gone_takes_two_polls_running() {
-        let mut tracked = Single::new(Kind::SpotInterruption, &[]);
+        let mut tracked = Single::default();
         assert_eq!((tracked.absent(), tracked.absent(), tracked.absent()), (None, None, None));
         tracked.present(spot(1_120), at(1_000));
         assert_eq!(tracked.absent(), None);
@@ -265,22 +240,16 @@ mod tests {
     }
 
     #[test]
-    fn a_process_goes_on_from_the_record() {
-        let known = [spot(1_115)];
-        let mut tracked = Single::new(Kind::SpotInterruption, &known);
+    fn a_body_without_a_time_is_counted_from_when_it_was_first_seen() {
+        let mut tracked = Single::default();
+        assert_eq!(tracked.first_seen(at(1_000)), at(1_000));
+        tracked.present(spot(1_115), at(1_000));
         assert_eq!(tracked.first_seen(at(1_050)), at(1_000));
-        assert!(tracked.present(spot(1_115), at(1_050)).is_some(), "told once more");
-        assert_eq!(tracked.present(spot(1_115), at(1_051)), None);
-
-        let mut tracked = Single::new(Kind::SpotInterruption, &known);
-        assert_eq!(tracked.absent(), None);
-        assert!(matches!(tracked.absent(), Some(Report::Withdrawn(_, Withdrawal::Vanished))));
-        assert_eq!(Single::new(Kind::RebalanceRecommendation, &known).first_seen(at(1_050)), at(1_050));
     }
 
     #[test]
     fn maintenance_is_moved_and_ends() {
-        let mut tracked = Maintenance::new(&[]);
+        let mut tracked = Maintenance::default();
         let (id, other) = (NoticeId("a".into()), NoticeId("b".into()));
         let both = list(&[event("a", 5_000), event("b", 6_000)]);
         assert_eq!(tracked.scheduled(&both).len(), 2);
@@ -309,7 +278,7 @@ mod tests {
 
     #[test]
     fn an_event_in_neither_list_vanishes_after_three_polls_running() {
-        let mut tracked = Maintenance::new(&[]);
+        let mut tracked = Maintenance::default();
         let (none, one) = (Events::default(), list(&[event("a", 5_000)]));
         tracked.scheduled(&one);
         let miss = |tracked: &mut Maintenance| {
@@ -327,7 +296,7 @@ mod tests {
 
     #[test]
     fn warnings_are_said_once() {
-        let mut tracked = Maintenance::new(&[]);
+        let mut tracked = Maintenance::default();
         assert_eq!(tracked.new_warnings(vec!["x".into()]), ["x"]);
         assert_eq!(tracked.new_warnings(vec!["x".into(), "y".into()]), ["y"]);
         assert!(tracked.new_warnings(vec![]).is_empty());

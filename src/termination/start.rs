@@ -1,0 +1,142 @@
+//! The beginning: read the Node once, see whose machine it is, and go on where a former process stopped.
+
+use std::time::Duration;
+
+use tokio_util::task::AbortOnDropHandle;
+use tracing::{error, info, warn};
+
+use crate::{
+    cluster::{Error as ClusterError, Manager, NodeFacts},
+    notice::InstanceId,
+    plan::Moment,
+    termination::{Error, Hold, Phase, Record, Termination, course},
+};
+
+/// How long to wait after a failed look at the Node, doubling.
+const FIRST_WAIT: Duration = Duration::from_millis(250);
+const LONGEST_WAIT: Duration = Duration::from_secs(5);
+
+/// The look at our own Node, repeated until it succeeds.
+#[derive(Debug, Default)]
+pub(super) struct Lookup {
+    pub(super) task: Option<AbortOnDropHandle<Result<NodeFacts, ClusterError>>>,
+    not_before: Option<Moment>,
+    failures: u32,
+}
+
+impl Lookup {
+    /// The result of the look under way; never, where there is none.
+    pub(super) async fn next(
+        task: &mut Option<AbortOnDropHandle<Result<NodeFacts, ClusterError>>>,
+    ) -> Result<NodeFacts, ClusterError> {
+        let Some(handle) = task else { return std::future::pending().await };
+        let result = handle.await;
+        *task = None;
+        match result {
+            Ok(found) => found,
+            // Only a panic or an abort ends the task otherwise: wait for the next look.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// When to look next, where the Node is unknown.
+    pub(super) fn due(&self, unknown: bool) -> Option<Moment> {
+        if unknown && self.task.is_none() { self.not_before } else { None }
+    }
+
+    /// Somebody waits for the Node.
+    pub(super) fn hurry(&mut self) {
+        self.not_before = None;
+    }
+}
+
+impl Termination {
+    /// Starts a look at the Node where it is not known and none is under way.
+    pub(super) fn look_up(&mut self) {
+        let now = self.clock.now();
+        if self.node.is_some() || self.start.task.is_some() || self.start.not_before.is_some_and(|at| now < at) {
+            return;
+        }
+        let cluster = self.cluster.clone();
+        let task = tokio::spawn(async move { cluster.identify().await });
+        self.start.task = Some(AbortOnDropHandle::new(task));
+    }
+
+    pub(super) fn looked_up(&mut self, found: Result<NodeFacts, ClusterError>) -> Result<(), Error> {
+        let node = match found {
+            Ok(node) => node,
+            Err(error) => {
+                self.look_again(&error.to_string());
+                return Ok(());
+            }
+        };
+        self.check_instance(&node)?;
+        if node.provider_id.is_empty() {
+            self.look_again(&format!("Node {} has no providerID yet; waiting for the cloud controller", node.name));
+            if self.notices.list().is_empty() {
+                return Ok(());
+            }
+            // There is no time to wait: the Node's name comes from the machine itself.
+        }
+        info!(node = node.name, provider_id = node.provider_id, identity = ?self.cluster.identity(), "Node found");
+        self.health.set(Ok(()));
+        self.start = Lookup::default();
+        self.recorder.set_node(&node.uid);
+        self.resume(&node);
+        self.node = Some(node);
+        Ok(())
+    }
+
+    fn look_again(&mut self, message: &str) {
+        if self.start.failures.is_multiple_of(10) {
+            warn!("cannot read the own Node yet: {message}");
+        }
+        self.health.set(Err(message.to_owned()));
+        let wait = LONGEST_WAIT.min(FIRST_WAIT * 2_u32.pow(self.start.failures.min(6)));
+        self.start.failures = self.start.failures.saturating_add(1);
+        self.start.not_before = Some(self.clock.now().after(wait));
+    }
+
+    /// Refuses a Node that stands for another machine (peer fault F30: names are no identity, providerID is).
+    pub(super) fn check_instance(&mut self, node: &NodeFacts) -> Result<(), Error> {
+        let named = InstanceId::from_provider_id(&node.provider_id);
+        if node.provider_id.is_empty() || named.as_ref() == Some(&self.instance) {
+            return Ok(());
+        }
+        let error = Error::WrongInstance {
+            node: node.name.clone(),
+            provider_id: node.provider_id.clone(),
+            instance: self.instance.clone(),
+        };
+        self.health.set(Err(error.to_string()));
+        self.tell_wrong_instance(&error);
+        Err(error)
+    }
+
+    /// Goes on with a termination of a former process.
+    fn resume(&mut self, node: &NodeFacts) {
+        let Some(annotation) = node.record() else { return };
+        let mut record = match Record::parse(annotation) {
+            Ok(record) => record,
+            Err(problem) => {
+                error!("{problem}; it is ignored, and replaced by the next claim");
+                return;
+            }
+        };
+        if record.holder != Manager::Agent {
+            return;
+        }
+        for notice in &record.notices {
+            self.notices.remember(notice.clone());
+        }
+        if record.phase == Phase::Draining && course::is_over(&record, &node.boot_id, self.clock.wall()) {
+            record.phase = Phase::Incomplete;
+        }
+        self.uncordoned = record.phase.is_cordoned() && !node.unschedulable;
+        self.enter_span(&record);
+        self.seen_at = Some(self.clock.now());
+        self.metrics.active(&record, None);
+        self.span.in_scope(|| info!(phase = record.phase.as_str(), "resumed from the record on the Node"));
+        self.hold = Hold::Ours(record);
+    }
+}
