@@ -80,7 +80,7 @@ async fn agent(config: &Config, stop: &CancellationToken) -> anyhow::Result<()> 
         admin::spawn(listen, admin, &tasks, stop.clone()).await;
     }
 
-    let Some(identity) = source.wait_for_identity(stop).await else { return Ok(()) };
+    let Some(identity) = source.wait_for_identity(&health, stop).await else { return Ok(()) };
     let imds::Identity { instance, instance_type, zone, spot, .. } = &identity;
     info!(%instance, instance_type, zone, spot, "this instance");
 

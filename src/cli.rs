@@ -100,7 +100,10 @@ async fn imds(matches: &ArgMatches) -> Result<(), Failure> {
     for warning in log::init(LogFormat::Text, LogLevel::Info) {
         tracing::warn!("{warning}");
     }
-    imds::run(matches).await.map_err(|error| failed(&error))
+    imds::run(matches).await.map_err(|error| match error.downcast_ref::<clap::Error>() {
+        Some(usage) => Failure { exit_code: EXIT_USAGE, message: usage.to_string().trim_end().to_owned(), told: false },
+        None => failed(&error),
+    })
 }
 
 fn failed(error: &anyhow::Error) -> Failure {

@@ -4,7 +4,7 @@
 //! answers, asks the pure parts what that means, and does it:
 //!
 //! - the open notices say what is asked for ([`crate::policy::standing`]), `course` what to do about it;
-//! - `hold` writes on the Node: claim, record, take-over, release;
+//! - `hold` writes on the Node: claim, record, release; `follow` is for a node that another handler holds;
 //! - `work` drives the drain's state machine ([`crate::plan::drain`]) with the pods of the node;
 //! - `start` reads the Node at the beginning and goes on where a former process stopped;
 //! - `tell` is what people hear of it.
@@ -13,6 +13,7 @@
 //! pods' watch is still open. Where executors are asked for a checkpoint later: a pod waits in the drain's `Due` state.
 
 mod course;
+mod follow;
 mod hold;
 mod metrics;
 mod record;

@@ -62,7 +62,6 @@ const NOTICE_OPTIONS: [(&str, &str, &str); 8] = [
 
 /// `spotter imds` and its options.
 pub fn command() -> Command {
-    let machine = Machine::default();
     let command = Command::new("imds")
         .about("Run a mock of the EC2 instance metadata service")
         .long_about(LONG_ABOUT)
@@ -74,44 +73,19 @@ pub fn command() -> Command {
                 .help("Where to listen; port 0 takes a free one")
                 .default_value("127.0.0.1:1338")
                 .value_parser(|text: &str| {
-                    text.parse::<SocketAddr>().map_err(|_| "an address and a port are needed, for instance 127.0.0.1:1338")
+                    let no = "an address and a port are needed, for instance 127.0.0.1:1338";
+                    text.parse::<SocketAddr>().map_err(|_| no)
                 }),
         )
-        .arg(
-            Arg::new("instance-id")
-                .long("instance-id")
-                .value_name("ID")
-                .help("The instance it claims to be: that of the providerID of the node to try")
-                .default_value(machine.instance_id)
-                .value_parser(|text: &str| {
-                    InstanceId::parse(text).map(|id| id.to_string()).ok_or("an instance id is i- and letters or digits")
-                }),
-        )
-        .arg(Arg::new("instance-type").long("instance-type").value_name("TYPE").help("Its type").default_value(machine.instance_type))
-        .arg(
-            Arg::new("zone")
-                .long("zone")
-                .value_name("ZONE")
-                .help("Its Availability Zone; the Region follows from it")
-                .default_value(machine.zone)
-                .value_parser(|text: &str| {
-                    let machine = Machine { zone: text.to_owned(), ..Machine::default() };
-                    machine.region().map(|_| machine.zone).ok_or("a zone is needed, for instance eu-central-1b")
-                }),
-        )
-        .arg(
-            Arg::new("life-cycle")
-                .long("life-cycle")
-                .value_name("WORD")
-                .help("How it was bought")
-                .default_value(machine.life_cycle)
-                .value_parser(PossibleValuesParser::new(["spot", "on-demand", "scheduled", "capacity-block"])),
-        )
+        .args(machine_options())
         .arg(
             Arg::new("notice")
                 .long("notice")
                 .value_name("KIND[,KEY=VALUE]...")
-                .help("A notice: spot, rebalance, maintenance or asg. Its properties are the options below, or follow it as KEY=VALUE")
+                .help(
+                    "A notice: spot, rebalance, maintenance or asg. Its properties are the options below, or follow it \
+                     as KEY=VALUE",
+                )
                 .action(ArgAction::Append),
         );
     NOTICE_OPTIONS.into_iter().fold(command, |command, (name, value, help)| {
@@ -119,6 +93,41 @@ pub fn command() -> Command {
             Arg::new(name).long(name).value_name(value).help(help).help_heading("Options of the notice before them");
         command.arg(arg.action(ArgAction::Append))
     })
+}
+
+/// What the instance claims to be.
+fn machine_options() -> [Arg; 4] {
+    let machine = Machine::default();
+    [
+        Arg::new("instance-id")
+            .long("instance-id")
+            .value_name("ID")
+            .help("The instance it claims to be: that of the providerID of the node to try")
+            .default_value(machine.instance_id)
+            .value_parser(|text: &str| {
+                InstanceId::parse(text).map(|id| id.to_string()).ok_or("an instance id is i- and letters or digits")
+            }),
+        Arg::new("instance-type")
+            .long("instance-type")
+            .value_name("TYPE")
+            .help("Its type")
+            .default_value(machine.instance_type),
+        Arg::new("zone")
+            .long("zone")
+            .value_name("ZONE")
+            .help("Its Availability Zone; the Region follows from it")
+            .default_value(machine.zone)
+            .value_parser(|text: &str| {
+                let machine = Machine { zone: text.to_owned(), ..Machine::default() };
+                machine.region().map(|_| machine.zone).ok_or("a zone is needed, for instance eu-central-1b")
+            }),
+        Arg::new("life-cycle")
+            .long("life-cycle")
+            .value_name("WORD")
+            .help("How it was bought")
+            .default_value(machine.life_cycle)
+            .value_parser(PossibleValuesParser::new(["spot", "on-demand", "scheduled", "capacity-block"])),
+    ]
 }
 
 /// Serves until SIGINT or SIGTERM. Prints the address, and a line for each notice that comes or goes.
@@ -191,11 +200,13 @@ pub fn script(matches: &ArgMatches) -> Result<Vec<Scripted>, clap::Error> {
         let done = match (name, script.last_mut()) {
             ("notice", _) => notice(value).map(|notice| script.push(notice)),
             (_, Some(notice)) => notice.set(name, value),
-            (_, None) => {
-                Err(format!("it belongs to a notice, and no --notice comes before it: --notice spot --{name} {value}"))
-            }
+            (_, None) => Err(format!(
+                "it belongs to a notice, and no --notice comes before it; write for instance --notice spot --{name} {value}"
+            )),
         };
-        done.map_err(|why| command().error(ErrorKind::ValueValidation, format!("--{name} {value}: {why}")))?;
+        done.map_err(|why| {
+            command().bin_name("spotter imds").error(ErrorKind::ValueValidation, format!("--{name} {value}: {why}"))
+        })?;
     }
     Ok(script)
 }

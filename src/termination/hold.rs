@@ -8,7 +8,7 @@ use std::time::Duration;
 use tracing::{debug, error, info, warn};
 
 use crate::{
-    cluster::{ApplyError, Class, Error as ClusterError, Manager, NodeEvent, NodeFacts, NodeIntent, PodEvent},
+    cluster::{ApplyError, Class, Error as ClusterError, Manager, NodeEvent, NodeFacts, NodeIntent},
     notice::Deadline,
     plan::Moment,
     policy::standing::{Stage, Standing, Survivor},
@@ -22,8 +22,8 @@ use crate::{
 };
 
 /// The first try of a write waits this long for its answer, a repeat longer: a slow server is better than none.
-const FIRST_LIMIT: Duration = Duration::from_millis(1500);
-const REPEAT_LIMIT: Duration = Duration::from_secs(3);
+pub(super) const FIRST_LIMIT: Duration = Duration::from_millis(1500);
+pub(super) const REPEAT_LIMIT: Duration = Duration::from_secs(3);
 
 /// Waits between tries of a write: from 50 ms, doubling, to one second.
 const FIRST_WAIT: Duration = Duration::from_millis(50);
@@ -31,9 +31,6 @@ const LONGEST_WAIT: Duration = Duration::from_secs(1);
 
 /// A missing right is looked at again this often: somebody may be granting it.
 const FORBIDDEN_WAIT: Duration = Duration::from_secs(5);
-
-/// How often a silent holder is looked at.
-const HOLDER_LOOK: Duration = Duration::from_secs(5);
 
 /// How often a machine that may have outlived its deadline is looked at.
 const SURVIVOR_LOOK: Duration = Duration::from_secs(20);
@@ -46,8 +43,8 @@ const NODE_WATCH_AFTER: Duration = Duration::from_secs(10);
 pub(super) struct Attempts {
     pub(super) not_before: Option<Moment>,
     count: u32,
-    force: bool,
-    taken_over_from: Option<Manager>,
+    pub(super) force: bool,
+    pub(super) taken_over_from: Option<Manager>,
 }
 
 impl Attempts {
@@ -310,40 +307,6 @@ impl Termination {
         }
     }
 
-    /// The record is another handler's: follow it, or take over.
-    fn meet(&mut self, other: Manager, node: &NodeFacts, standing: &Standing) {
-        let record = match node.record().map(Record::parse) {
-            Some(Ok(record)) if record.holder != Manager::Agent => record,
-            // Unreadable, or nobody's: it says nothing that we could follow.
-            _ => return self.take_over(other, "its record cannot be read"),
-        };
-        if record.is_of_earlier_boot(&node.boot_id) {
-            self.take_over(other, "its record is of an earlier boot");
-        } else if course::asks_for_more(&record, standing) {
-            self.take_over(other, "our notice asks for more");
-        } else {
-            self.tell_followed(&record);
-            self.work = None;
-            self.write = Attempts::default();
-            self.hold = Hold::Theirs(record);
-        }
-    }
-
-    fn take_over(&mut self, other: Manager, why: &'static str) {
-        self.write.force = true;
-        self.write.taken_over_from = Some(other);
-        self.tell_taken_over(other, why);
-        self.hold = Hold::Nobody;
-    }
-
-    /// A forced apply leaves the old holder co-owner of what had the same value: clear that, so that a release frees it.
-    async fn clear_other(&mut self, other: Manager, node: &NodeFacts) {
-        let nothing = NodeIntent { uid: Some(node.uid.clone()), ..NodeIntent::default() };
-        if let Err(problem) = self.cluster.apply(&nothing, other, false, 0, FIRST_LIMIT).await {
-            debug!(?problem, "cannot clear the fields of the former holder; the release does it");
-        }
-    }
-
     /// Something on the Node changed since our last write; who has it now?
     fn compare(&mut self, node: &NodeFacts) {
         let Hold::Ours(ours) = &self.hold else { return };
@@ -358,35 +321,6 @@ impl Termination {
             self.work = None;
             self.hold = Hold::Theirs(theirs);
         }
-    }
-
-    /// Follows a holder's record; takes over from one that is gone or does less than our notices ask for.
-    async fn follow(&mut self, record: Record, standing: &Standing) -> Result<bool, Error> {
-        let other = record.holder;
-        if standing.stage == Stage::Nothing {
-            return Ok(false);
-        }
-        if course::asks_for_more(&record, standing) {
-            self.take_over(other, "our notice asks for more");
-            return Ok(true);
-        }
-        if standing.stage != Stage::Draining || record.phase != Phase::Draining {
-            return Ok(false);
-        }
-        let now = self.clock.now();
-        if course::may_be_silent(&record, self.clock.wall()) {
-            let mut watch = self.cluster.watch_pods();
-            if let Ok(PodEvent::Listed(pods)) = tokio::time::timeout(REPEAT_LIMIT, watch.next()).await {
-                let remaining = self.remaining(&pods);
-                let terminating = pods.iter().filter(|pod| pod.terminating_until.is_some()).count();
-                if course::holder_is_gone(&record, terminating, remaining, self.clock.wall()) {
-                    self.take_over(other, "it does nothing");
-                    return Ok(true);
-                }
-            }
-        }
-        self.write.not_before = Some(now.after(HOLDER_LOOK));
-        Ok(false)
     }
 
     /// Gives up our fields, under both managers: what a take-over left behind goes as well.

@@ -6,7 +6,10 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, unreachable_pub)]
 
 mod admin;
+mod agent;
 mod architecture;
 mod config;
 mod controlplane;
+mod imds_source;
+mod mock_imds;
 mod support;

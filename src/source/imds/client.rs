@@ -10,7 +10,10 @@ use reqwest::{Method, StatusCode, Url, header::HeaderValue};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::metrics::{Metrics, code_label};
+use super::{
+    health::Health,
+    metrics::{Metrics, code_label},
+};
 use crate::notice::InstanceId;
 
 /// Where the service is on every instance with IPv4. IPv6 (where enabled): `http://[fd00:ec2::254]`.
@@ -245,22 +248,26 @@ impl Imds {
         })
     }
 
-    /// Asks for the identity until it is known; `None` when cancelled. Logs the first failure, and one each 30 s.
-    pub async fn wait_for_identity(&self, cancel: &CancellationToken) -> Option<Identity> {
-        cancel.run_until_cancelled(self.identity_at_last()).await
+    /// Asks for the identity until it is known; `None` when cancelled. Logs the first failure, and one each 30 s;
+    /// `health` learns the cause, for the readiness probe.
+    pub async fn wait_for_identity(&self, health: &Health, cancel: &CancellationToken) -> Option<Identity> {
+        cancel.run_until_cancelled(self.identity_at_last(health)).await
     }
 
-    async fn identity_at_last(&self) -> Identity {
+    async fn identity_at_last(&self, health: &Health) -> Identity {
         let (mut wait, mut logged) = (IDENTITY_RETRY, None::<Instant>);
         loop {
-            match self.identity().await {
+            let error = match self.identity().await {
                 Ok(identity) => return identity,
-                Err(error) if logged.is_none_or(|at| at.elapsed() >= LOG_AGAIN) => {
-                    logged = Some(Instant::now());
-                    tracing::warn!(%error, "cannot learn which instance this is; trying again");
-                }
-                Err(error) => tracing::debug!(%error, "cannot learn which instance this is"),
+                Err(error) => error,
+            };
+            if logged.is_none_or(|at| at.elapsed() >= LOG_AGAIN) {
+                logged = Some(Instant::now());
+                tracing::warn!(%error, "cannot learn which instance this is; trying again");
+            } else {
+                tracing::debug!(%error, "cannot learn which instance this is");
             }
+            health.failed(error.to_string());
             tokio::time::sleep(wait).await;
             wait = wait.saturating_mul(2).min(IDENTITY_RETRY_LONGEST);
         }

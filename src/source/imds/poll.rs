@@ -155,7 +155,7 @@ impl<'a> Spot<'a> {
             match answer {
                 Ok(news) => {
                     self.health.succeeded();
-                    self.imds.metrics.succeeded(Timestamp::now());
+                    self.imds.metrics.succeeded(now());
                     reporter.send(news.into_iter().chain(self.schedule.first_sync()), reports).await?;
                 }
                 Err(error) => self.health.failed(error.to_string()),
@@ -167,12 +167,18 @@ impl<'a> Spot<'a> {
     async fn poll(&mut self) -> Result<Option<Report>, Error> {
         let instance = self.instance;
         let answer = self.imds.get(Path::Spot).await;
-        let now = Timestamp::now();
+        let now = now();
         let first_seen = self.tracked.first_seen(now);
         single(&mut self.tracked, &mut self.warned, Path::Spot, answer, now, |body| {
             decode::spot(body, first_seen, instance)
         })
     }
+}
+
+/// In whole milliseconds: these times end up in logs and in the record of the node.
+fn now() -> Timestamp {
+    let now = Timestamp::now();
+    Timestamp::from_millisecond(now.as_millisecond()).unwrap_or(now)
 }
 
 /// One poll of a path that is 404 or one document.
@@ -267,7 +273,7 @@ impl<'a> Slow<'a> {
     async fn poll_rebalance(&mut self, news: &mut Vec<Report>) -> Result<(), Error> {
         let path = Path::Rebalance;
         let answer = self.imds.get(path).await;
-        let now = Timestamp::now();
+        let now = now();
         let instance = self.instance;
         let report = single(&mut self.rebalance, &mut self.rebalance_warned, path, answer, now, |body| {
             decode::rebalance(body, now, instance)
@@ -282,7 +288,7 @@ impl<'a> Slow<'a> {
         let Some(body) = self.imds.get(path).await? else { return Ok(()) };
         let state = lifecycle::target_state(&body).map_err(|reason| unreadable(path, reason))?;
         let before = std::mem::take(&mut self.lifecycle);
-        let (followed, report) = lifecycle::advance(before, state, Timestamp::now(), self.instance);
+        let (followed, report) = lifecycle::advance(before, state, now(), self.instance);
         self.lifecycle = followed;
         news.extend(report);
         Ok(())
@@ -305,8 +311,7 @@ impl<'a> Slow<'a> {
     /// One of the two lists; a service that does not have it has no events.
     async fn events(&self, path: Path) -> Result<decode::maintenance::Events, Error> {
         let Some(body) = self.imds.get(path).await? else { return Ok(decode::maintenance::Events::default()) };
-        decode::maintenance::maintenance(&body, Timestamp::now(), self.instance)
-            .map_err(|reason| unreadable(path, reason))
+        decode::maintenance::maintenance(&body, now(), self.instance).map_err(|reason| unreadable(path, reason))
     }
 }
 

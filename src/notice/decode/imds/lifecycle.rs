@@ -58,7 +58,7 @@ pub fn target_state(body: &str) -> Result<State, Unreadable> {
 pub struct Followed {
     /// `None` before the first answer.
     pub last: Option<State>,
-    /// The notice that is open; after a restart, the one that the record of the node tells of.
+    /// The notice that is open.
     pub open: Option<Notice>,
 }
 
@@ -131,7 +131,7 @@ mod tests {
                     assert_eq!(why, Withdrawal::Cancelled);
                     "-".into()
                 }
-                None => ".".into(),
+                Some(Report::Synced(_)) | None => ".".into(),
             });
         }
         said.join(" ")

@@ -1,0 +1,82 @@
+//! The node is another handler's: follow its record, or take over from it.
+
+use std::time::Duration;
+
+use tracing::debug;
+
+use crate::{
+    cluster::{Manager, NodeFacts, NodeIntent, PodEvent},
+    policy::standing::{Stage, Standing},
+    termination::{
+        Error, Hold, Phase, Record, Termination, course,
+        hold::{Attempts, FIRST_LIMIT, REPEAT_LIMIT},
+    },
+};
+
+/// How often a silent holder is looked at.
+const HOLDER_LOOK: Duration = Duration::from_secs(5);
+
+impl Termination {
+    /// The record is another handler's: follow it, or take over.
+    pub(super) fn meet(&mut self, other: Manager, node: &NodeFacts, standing: &Standing) {
+        let record = match node.record().map(Record::parse) {
+            Some(Ok(record)) if record.holder != Manager::Agent => record,
+            // Unreadable, or nobody's: it says nothing that we could follow.
+            _ => return self.take_over(other, "its record cannot be read"),
+        };
+        if record.is_of_earlier_boot(&node.boot_id) {
+            self.take_over(other, "its record is of an earlier boot");
+        } else if course::asks_for_more(&record, standing) {
+            self.take_over(other, "our notice asks for more");
+        } else {
+            self.tell_followed(&record);
+            self.work = None;
+            self.write = Attempts::default();
+            self.hold = Hold::Theirs(record);
+        }
+    }
+
+    fn take_over(&mut self, other: Manager, why: &'static str) {
+        self.write.force = true;
+        self.write.taken_over_from = Some(other);
+        self.tell_taken_over(other, why);
+        self.hold = Hold::Nobody;
+    }
+
+    /// A forced apply leaves the old holder co-owner of what had the same value: clear that, so that a release frees it.
+    pub(super) async fn clear_other(&mut self, other: Manager, node: &NodeFacts) {
+        let nothing = NodeIntent { uid: Some(node.uid.clone()), ..NodeIntent::default() };
+        if let Err(problem) = self.cluster.apply(&nothing, other, false, 0, FIRST_LIMIT).await {
+            debug!(?problem, "cannot clear the fields of the former holder; the release does it");
+        }
+    }
+
+    /// Follows a holder's record; takes over from one that is gone or does less than our notices ask for.
+    pub(super) async fn follow(&mut self, record: Record, standing: &Standing) -> Result<bool, Error> {
+        let other = record.holder;
+        if standing.stage == Stage::Nothing {
+            return Ok(false);
+        }
+        if course::asks_for_more(&record, standing) {
+            self.take_over(other, "our notice asks for more");
+            return Ok(true);
+        }
+        if standing.stage != Stage::Draining || record.phase != Phase::Draining {
+            return Ok(false);
+        }
+        let now = self.clock.now();
+        if course::may_be_silent(&record, self.clock.wall()) {
+            let mut watch = self.cluster.watch_pods();
+            if let Ok(PodEvent::Listed(pods)) = tokio::time::timeout(REPEAT_LIMIT, watch.next()).await {
+                let remaining = self.remaining(&pods);
+                let terminating = pods.iter().filter(|pod| pod.terminating_until.is_some()).count();
+                if course::holder_is_gone(&record, terminating, remaining, self.clock.wall()) {
+                    self.take_over(other, "it does nothing");
+                    return Ok(true);
+                }
+            }
+        }
+        self.write.not_before = Some(now.after(HOLDER_LOOK));
+        Ok(false)
+    }
+}
