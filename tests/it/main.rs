@@ -1,1 +1,1 @@
-
+mod cluster_client;
