@@ -1,6 +1,6 @@
 //! What can go wrong with the API server, in words for the person who has to do something about it.
 
-use std::{error::Error as StdError, fmt, time::Duration};
+use std::{error::Error as StdError, fmt, io, time::Duration};
 
 use super::{Call, transport};
 
@@ -147,8 +147,19 @@ impl fmt::Display for FieldConflict {
 }
 
 /// The deepest cause, which names what happened (`Connection refused`), where the upper ones only say that it did.
-fn deepest(error: &(dyn StdError + 'static)) -> String {
-    transport::causes(error).last().map(ToString::to_string).unwrap_or_default()
+pub(super) fn deepest(error: &(dyn StdError + 'static)) -> String {
+    let closed = |cause: &(dyn StdError + 'static)| {
+        let inner = cause.downcast_ref::<h2::Error>().and_then(h2::Error::get_io);
+        inner.or(cause.downcast_ref()).is_some_and(|io| io.kind() == io::ErrorKind::UnexpectedEof)
+    };
+    if transport::causes(error).any(closed) {
+        return "the server closed it".to_owned();
+    }
+    match transport::causes(error).last().map(ToString::to_string) {
+        // hyper's words for a request that waited for the connection that another one was opening.
+        Some(text) if text == "request was canceled" => "the connection could not be opened".to_owned(),
+        text => text.unwrap_or_default(),
+    }
 }
 
 /// All causes, the repeated ones left out.

@@ -42,9 +42,11 @@ impl NodeWatch {
 impl Cluster {
     /// Watches the own Node from a resourceVersion on; an empty one reads the Node first. Right: watch nodes (get, too).
     pub fn watch_node(&self, from: String) -> NodeWatch {
+        let from = Some(from).filter(|from| !from.is_empty());
         let follower = Follower {
             cluster: self.clone(),
-            version: Some(from).filter(|from| !from.is_empty()),
+            version: from.clone(),
+            told: from,
             feed: None,
             pause: false,
             present: true,
@@ -60,8 +62,10 @@ impl Cluster {
 
 struct Follower {
     cluster: Cluster,
-    /// What was seen last; `None` where the Node must be read.
+    /// Where the watch goes on; `None` where the Node must be read.
     version: Option<String>,
+    /// The version of the Node that was last told.
+    told: Option<String>,
     feed: Option<Feed<RawNode>>,
     /// Whether to wait before the next try.
     pause: bool,
@@ -110,8 +114,7 @@ impl Follower {
             Some(Frame::Seen(node)) => {
                 let facts = node.facts();
                 self.version = Some(facts.resource_version.clone());
-                self.present = true;
-                return Ok(Some(NodeEvent::Changed(facts)));
+                return Ok(self.changed(facts));
             }
             Some(Frame::Deleted(node)) => {
                 self.version = Some(node.metadata.resource_version);
@@ -149,9 +152,10 @@ impl Follower {
     async fn read(&mut self) -> Result<Option<NodeEvent>, String> {
         match self.cluster.node(super::IDENTIFY_LIMIT).await {
             Ok(facts) => {
-                self.version = Some(facts.resource_version.clone());
-                self.present = true;
-                Ok(Some(NodeEvent::Changed(facts)))
+                // Not from this Node's own version: where it has not changed for long, that one is too old for ever.
+                // Without a version the server begins with the Node as it is, and needs no right to list.
+                self.version = Some(String::new());
+                Ok(self.changed(facts))
             }
             Err(Error::NotFound { .. }) => {
                 self.pause = true;
@@ -160,5 +164,10 @@ impl Follower {
             }
             Err(error) => Err(error.to_string()),
         }
+    }
+    fn changed(&mut self, facts: NodeFacts) -> Option<NodeEvent> {
+        self.present = true;
+        let known = self.told.replace(facts.resource_version.clone());
+        (known.as_ref() != Some(&facts.resource_version)).then_some(NodeEvent::Changed(facts))
     }
 }

@@ -22,7 +22,7 @@ use http::{Request, Uri};
 use hyper_rustls::{FixedServerNameResolver, HttpsConnector, HttpsConnectorBuilder, MaybeHttpsStream};
 use hyper_util::{
     client::legacy::{
-        Client as HyperClient, Error as HyperError, ResponseFuture,
+        Client as HyperClient, Error as HyperError,
         connect::{Connection, HttpConnector},
     },
     rt::{TokioExecutor, TokioIo, TokioTimer},
@@ -32,7 +32,8 @@ use kube::{
     client::{Body, ConfigExt},
 };
 use rustls::{AlertDescription, ClientConfig};
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, task::JoinError};
+use tokio_util::task::AbortOnDropHandle;
 use tower::{BoxError, Service, ServiceBuilder, retry::Policy, retry::RetryLayer};
 use tracing::{debug, info};
 
@@ -145,15 +146,25 @@ impl Connections {
 impl Service<Request<Body>> for Connections {
     type Response = http::Response<hyper::body::Incoming>;
     type Error = HyperError;
-    type Future = ResponseFuture;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, HyperError>> + Send>>;
 
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), HyperError>> {
         Poll::Ready(Ok(()))
     }
 
-    fn call(&mut self, request: Request<Body>) -> ResponseFuture {
+    /// Each request is a task: whichever request comes first opens the connection for all, and one that its owner
+    /// does not poll for a while (a watch, while the claim is awaited) would hold up the others.
+    fn call(&mut self, request: Request<Body>) -> Self::Future {
         let lane = request.extensions().get::<Lane>().copied().unwrap_or(Lane::Control);
-        self.pick(lane).request(request)
+        let task = AbortOnDropHandle::new(tokio::spawn(self.pick(lane).request(request)));
+        Box::pin(async move {
+            match task.await.map_err(JoinError::try_into_panic) {
+                Ok(answer) => answer,
+                Err(Ok(panic)) => std::panic::resume_unwind(panic),
+                // Only the end of the runtime cancels it.
+                Err(Err(_)) => std::future::pending().await,
+            }
+        })
     }
 }
 

@@ -10,7 +10,7 @@ use kube::{
 use serde::{Deserialize, de::DeserializeOwned};
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::{Call, Cluster, Error, Identity, Lane, Outgoing, Reply, decode::Metadata, jitter, unbuildable};
+use super::{Call, Cluster, Error, Identity, Lane, Outgoing, Reply, decode::Notes, jitter, unbuildable};
 
 /// Until the head of the answer is there.
 const OPEN_LIMIT: Duration = Duration::from_secs(5);
@@ -142,10 +142,7 @@ impl<T: DeserializeOwned> Feed<T> {
             match timeout(SILENCE_LIMIT, frame).await {
                 Err(_) => return Err("silent for longer than it was to last".to_owned()),
                 Ok(None) => return Ok(None),
-                Ok(Some(Err(error))) => {
-                    let cause = super::causes(&error).last().map(ToString::to_string);
-                    return Err(cause.unwrap_or_default());
-                }
+                Ok(Some(Err(error))) => return Err(super::error::deepest(&error)),
                 Ok(Some(Ok(frame))) => {
                     if let Some(data) = frame.data_ref() {
                         self.buffer.extend_from_slice(data);
@@ -183,13 +180,22 @@ struct Event<T> {
     object: T,
 }
 
-/// What every object, bookmark and Status has at most.
+/// What bookmarks, Statuses and objects that cannot be read whole are asked for.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Outline {
-    metadata: Metadata,
+    metadata: OutlineMetadata,
     code: u16,
     message: String,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+struct OutlineMetadata {
+    name: String,
+    namespace: String,
+    resource_version: String,
+    annotations: Notes,
 }
 
 fn read<T: DeserializeOwned>(line: &[u8]) -> Frame<T> {

@@ -8,6 +8,7 @@
 mod admin;
 mod agent;
 mod architecture;
+mod cluster_client;
 mod config;
 mod controlplane;
 mod imds_source;
