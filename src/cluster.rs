@@ -16,6 +16,7 @@ mod node_watch;
 mod pod_watch;
 mod pods;
 mod status;
+mod token;
 mod transport;
 mod watch;
 
@@ -47,6 +48,7 @@ pub use self::{
 };
 use self::{
     status::Status,
+    token::TokenFile,
     transport::{Lane, causes},
 };
 use crate::clock::Clock;
@@ -211,6 +213,8 @@ struct Inner {
     /// Sent with every request in each identity.
     as_node: Vec<(HeaderName, HeaderValue)>,
     as_itself: Vec<(HeaderName, HeaderValue)>,
+    /// Where the credentials are a token in a file.
+    token: Option<TokenFile>,
     direct: AtomicBool,
     /// Whether the identity was logged.
     announced: AtomicBool,
@@ -243,6 +247,7 @@ impl Cluster {
         let agent = HeaderValue::try_from(agent).map_err(|error| Error::config("the user agent", &error))?;
         config.headers.push((http::header::USER_AGENT, agent));
         let as_itself = access::take_impersonation(&mut config)?;
+        let token = TokenFile::take(&mut config)?;
         let as_node = access::impersonate(&format!("system:node:{node}"))?;
         let inner = Inner {
             client: transport::client(&config)?,
@@ -252,6 +257,7 @@ impl Cluster {
             manager,
             as_node: vec![as_node],
             as_itself,
+            token,
             direct: AtomicBool::new(choice == IdentityChoice::Direct),
             announced: AtomicBool::new(false),
             lists_only: AtomicBool::new(false),
@@ -391,13 +397,33 @@ impl Cluster {
         }
     }
 
-    /// Sends a request and gives the answer's head; the body is still to come.
+    /// Sends a request and gives the answer's head; the body is still to come. A token that was renewed since it was
+    /// read costs one more request, and is no failure.
     async fn send(
         &self,
         call: Call,
         lane: Lane,
         request: &Outgoing,
         identity: Identity,
+    ) -> Result<Response<Body>, Error> {
+        let token = self.0.token.as_ref().map(TokenFile::header);
+        let response = self.send_with(call, lane, request, identity, token.as_ref()).await?;
+        if response.status() == http::StatusCode::UNAUTHORIZED
+            && let (Some(file), Some(used)) = (&self.0.token, &token)
+            && let Some(renewed) = file.instead_of(used)
+        {
+            return self.send_with(call, lane, request, identity, Some(&renewed)).await;
+        }
+        Ok(response)
+    }
+
+    async fn send_with(
+        &self,
+        call: Call,
+        lane: Lane,
+        request: &Outgoing,
+        identity: Identity,
+        token: Option<&HeaderValue>,
     ) -> Result<Response<Body>, Error> {
         let mut outgoing = request.clone().map(Body::from);
         let headers = match identity {
@@ -406,6 +432,9 @@ impl Cluster {
         };
         for (name, value) in headers {
             outgoing.headers_mut().append(name.clone(), value.clone());
+        }
+        if let Some(token) = token {
+            outgoing.headers_mut().insert(http::header::AUTHORIZATION, token.clone());
         }
         outgoing.extensions_mut().insert(lane);
         self.0.client.send(outgoing).await.map_err(|error| self.broken(call, &error))

@@ -144,7 +144,7 @@ pub struct Termination {
     write: hold::Attempts,
     start: start::Lookup,
     work: Option<Work>,
-    requests: JoinSet<drain::Input>,
+    requests: JoinSet<work::Answered>,
     node_feed: Option<Feed<NodeEvent>>,
     pod_feed: Option<Feed<PodEvent>>,
     /// When the notice that leads the termination was seen; stages are timed from here.
@@ -200,7 +200,7 @@ impl Termination {
                     Some(report) => self.take_in(report),
                     None => break,
                 },
-                Some(input) = self.requests.join_next() => self.answered(input?),
+                Some(answer) = self.requests.join_next() => self.answered(answer?),
                 found = start::Lookup::next(&mut self.start.task) => self.looked_up(found)?,
                 event = Feed::next(&mut self.pod_feed) => self.pod_event(event),
                 event = Feed::next(&mut self.node_feed) => self.node_event(event)?,
@@ -217,8 +217,8 @@ impl Termination {
         if let Some(work) = &mut self.work {
             work.stop_asking();
         }
-        while let Ok(Some(input)) = tokio::time::timeout_at(last, self.requests.join_next()).await {
-            self.answered(input?);
+        while let Ok(Some(answer)) = tokio::time::timeout_at(last, self.requests.join_next()).await {
+            self.answered(answer?);
         }
         if self.work.as_ref().is_some_and(Work::is_finished) {
             self.act().await?;

@@ -21,6 +21,11 @@ const LIST_END_LIMIT: Duration = Duration::from_secs(1);
 /// For the plain list.
 const LIST_LIMIT: Duration = Duration::from_secs(5);
 
+/// After so many refusals in a row the right to watch is missing.
+const REFUSALS: u32 = 3;
+/// Between two lists where the right to watch is missing.
+const BLIND_PAUSE: Duration = Duration::from_secs(2);
+
 /// What became of the pods on the own node.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum PodEvent {
@@ -62,6 +67,7 @@ impl Cluster {
             feed: None,
             ready: VecDeque::new(),
             pause: false,
+            refusals: 0,
             backoff: Backoff::default(),
             trouble: None,
         };
@@ -81,6 +87,9 @@ struct Follower {
     ready: VecDeque<PodEvent>,
     /// Whether to wait before the next try.
     pause: bool,
+    /// How often in a row the right to watch was refused. An API server that has just started refuses it for a moment;
+    /// where it goes on we may list but not watch: then the pods are listed again and again.
+    refusals: u32,
     backoff: Backoff,
     /// The trouble that was last told.
     trouble: Option<String>,
@@ -93,7 +102,9 @@ impl Follower {
                 return event;
             }
             if std::mem::take(&mut self.pause) {
-                tokio::time::sleep(self.backoff.next()).await;
+                let blind = self.refusals >= REFUSALS;
+                let wait = if blind { BLIND_PAUSE } else { self.backoff.next() };
+                tokio::time::sleep(wait).await;
             }
             let Err(message) = self.advance().await else { continue };
             self.feed = None;
@@ -144,8 +155,18 @@ impl Follower {
     async fn connect(&mut self) -> Result<(), String> {
         let Some(version) = &self.version else { return self.list().await.map_err(|error| error.to_string()) };
         match self.cluster.open(Call::WatchPods, PODS, &params(&self.selector()), version).await {
-            Ok(feed) => self.feed = Some(feed),
+            Ok(feed) => {
+                self.feed = Some(feed);
+                self.refusals = 0;
+            }
             Err(error) if error.is_version_refused() => self.version = None,
+            Err(error) if error.is_forbidden() => {
+                self.refusals = self.refusals.saturating_add(1);
+                if self.refusals >= REFUSALS {
+                    self.version = None;
+                }
+                return Err(error.to_string());
+            }
             Err(error) => return Err(error.to_string()),
         }
         Ok(())

@@ -7,6 +7,9 @@ use crate::plan::Moment;
 /// Where a deadline is already past when we learn of it, this much is still tried: the machine answers, so it lives.
 const PAST_DEADLINE_WORK: Duration = Duration::from_secs(10);
 
+/// The least grace is a second, and then the pod must be seen gone: a shorter time is treated like none.
+const LEAST_WORK: Duration = Duration::from_millis(1500);
+
 /// What a soft deadline of our own adds to the longest grace of the node's pods.
 pub const SOFT_SLACK: Duration = Duration::from_secs(60);
 
@@ -45,10 +48,12 @@ impl Budget {
         }
     }
 
-    /// When the work ends, done or not: a margin before the limit.
+    /// When the work ends, done or not: half a margin before the limit. A pod whose grace was cut ends a whole margin
+    /// before it, and the API server says so a moment later: with the same end it would be reported as left.
     pub fn end(&self) -> Option<Moment> {
-        let end = self.at()?.before(self.margin);
-        Some(if end > self.known_at { end } else { self.known_at.after(PAST_DEADLINE_WORK) })
+        let end = self.at()?.before(self.margin / 2);
+        let least = self.known_at.after(LEAST_WORK);
+        Some(if end >= least { end } else { self.known_at.after(PAST_DEADLINE_WORK) })
     }
 
     /// The grace to send with an eviction at `now`, in seconds, for a pod whose own is `own`.
@@ -109,8 +114,9 @@ mod tests {
     }
 
     #[test]
-    fn work_ends_a_margin_before_the_limit_or_shortly_after_a_limit_in_the_past() {
-        assert_eq!(hard(120).end(), Some(s(118)));
+    fn work_ends_half_a_margin_before_the_limit_or_shortly_after_a_limit_in_the_past() {
+        assert_eq!(hard(120).end(), Some(s(119)), "a pod killed at 118 is seen gone before the end");
+        assert_eq!(hard(3).end(), Some(s(2)));
         assert_eq!(hard(1).end(), Some(s(10)));
         assert_eq!(Budget { limit: Limit::ByGrace, ..hard(1) }.end(), None);
     }

@@ -101,7 +101,7 @@ pub enum News {
     BadAnnotation(String),
     /// It cannot be evicted now. Told once for each reason.
     Blocked { why: Why, message: String, waits: Option<Duration> },
-    /// Its latest start is reached.
+    /// Its latest start was reached, and it was deleted.
     DeletedAtDeadline { message: String },
     /// It is gone, or its containers have ended.
     Gone,
@@ -119,7 +119,7 @@ pub struct Progress {
     pub blocked: usize,
     pub left: usize,
     pub skipped: usize,
-    /// Of those that are to go: deleted at their latest start.
+    /// Of those that are gone: deleted at their latest start.
     pub deleted: usize,
 }
 
@@ -235,6 +235,11 @@ impl Drain {
         self.pods.iter().filter(|pod| pod.state == State::Left).map(|pod| pod.facts.full_name()).collect()
     }
 
+    /// Whether this pod is known, and not ready.
+    pub fn is_unready(&self, uid: &PodUid) -> bool {
+        self.find(uid).is_some_and(|index| !self.pods[index].facts.ready)
+    }
+
     /// How it stands.
     pub fn progress(&self) -> Progress {
         let mut progress = Progress::default();
@@ -250,7 +255,7 @@ impl Drain {
                 State::Due { .. } | State::Asked { .. } => progress.blocked += usize::from(pod.blocked.is_some()),
             }
             progress.total += 1;
-            progress.deleted += usize::from(pod.deleted);
+            progress.deleted += usize::from(pod.deletion_told && pod.state == State::Gone);
         }
         progress
     }
@@ -343,6 +348,7 @@ impl Drain {
         pod.state = State::Gone;
         pod.blocked = None;
         self.stamps.last_gone = Some(now);
+        effects.extend(pod.tell_deletion());
         effects.push(pod.note(News::Gone));
     }
 
@@ -438,10 +444,8 @@ impl Drain {
         let pod = &mut self.pods[index];
         let grace_seconds = self.budget.clamp(pod.facts.grace_seconds, now);
         let message = pod.delete_message(grace_seconds);
-        if !pod.deleted {
-            effects.push(pod.note(News::DeletedAtDeadline { message: message.clone() }));
-        }
         pod.deleted = true;
+        pod.deletion = Some(message.clone());
         pod.asked(Some(grace_seconds), now);
         self.in_flight += 1;
         effects.push(Effect::Delete { pod: pod.target(), grace_seconds, message });

@@ -204,8 +204,9 @@ impl Metrics {
         self.margin.get_or_create(&[("kind", kind.as_str())]).observe(seconds);
     }
 
-    pub(super) fn answered(&self, answer: &Answer) {
-        self.evictions.get_or_create(&[("result", result(answer))]).inc();
+    /// `unready`: the pod is running and not ready, which may keep a budget from ever letting it go.
+    pub(super) fn answered(&self, answer: &Answer, unready: bool) {
+        self.evictions.get_or_create(&[("result", result(answer, unready))]).inc();
     }
 
     pub(super) fn progress(&self, progress: Progress) {
@@ -233,11 +234,13 @@ impl Metrics {
     }
 }
 
-const RESULTS: [&str; 8] =
-    ["accepted", "gone", "budget", "multiple_budgets", "throttled", "forbidden", "timeout", "error"];
+const RESULTS: [&str; 9] =
+    ["accepted", "gone", "budget", "multiple_budgets", "unhealthy", "throttled", "forbidden", "timeout", "error"];
 
-fn result(answer: &Answer) -> &'static str {
+fn result(answer: &Answer, unready: bool) -> &'static str {
     match answer {
+        // A budget that is still being processed says nothing about the pod.
+        Answer::Budget { retry_after: None, .. } if unready => "unhealthy",
         Answer::Accepted => "accepted",
         Answer::Gone | Answer::Replaced => "gone",
         Answer::Budget { .. } => "budget",
@@ -266,7 +269,7 @@ mod tests {
         let before = text(&registry);
         metrics.dropped(Kind::SpotInterruption, Dropped::Policy);
         metrics.ended(Some(Kind::SpotInterruption), Ending::Drained);
-        metrics.answered(&Answer::Accepted);
+        metrics.answered(&Answer::Accepted, false);
         metrics.stage(Kind::SpotInterruption, Stamp::Cordoned, 0.1);
         metrics.released(ReleaseReason::Expired);
         let after = text(&registry);

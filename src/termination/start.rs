@@ -15,6 +15,8 @@ use crate::{
 /// How long to wait after a failed look at the Node, doubling.
 const FIRST_WAIT: Duration = Duration::from_millis(250);
 const LONGEST_WAIT: Duration = Duration::from_secs(5);
+/// The same while a notice waits for it.
+const URGENT_WAIT: Duration = Duration::from_secs(1);
 
 /// The look at our own Node, repeated until it succeeds.
 #[derive(Debug, Default)]
@@ -92,7 +94,8 @@ impl Termination {
             warn!("cannot read the own Node yet: {message}");
         }
         self.health.set(Err(message.to_owned()));
-        let wait = LONGEST_WAIT.min(FIRST_WAIT * 2_u32.pow(self.start.failures.min(6)));
+        let longest = if self.notices.list().is_empty() { LONGEST_WAIT } else { URGENT_WAIT };
+        let wait = longest.min(FIRST_WAIT * 2_u32.pow(self.start.failures.min(6)));
         self.start.failures = self.start.failures.saturating_add(1);
         self.start.not_before = Some(self.clock.now().after(wait));
     }

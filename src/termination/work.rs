@@ -10,7 +10,7 @@ use crate::{
     cluster::{Identity, PodEvent, PodRef},
     notice::Deadline,
     plan::{
-        Answer, Moment, PodFacts,
+        Answer, Moment, PodFacts, PodUid,
         budget::Limit,
         classify::{Verdict, classify},
         drain::{self, Ask, Drain, Effect, Input, Stamps, Target},
@@ -30,6 +30,16 @@ const SHORTEST_REQUEST: Duration = Duration::from_secs(1);
 
 /// The reason of the `DisruptionTarget` condition of a deleted pod.
 const DISRUPTION_REASON: &str = "TerminationByNodeEnd";
+
+/// The answer to a request for one pod.
+#[derive(Debug)]
+pub(super) struct Answered {
+    pod: PodUid,
+    ask: Ask,
+    answer: Answer,
+    /// What else a person should know, once.
+    aside: Option<String>,
+}
 
 /// A drain under way, or just ended.
 #[derive(Debug)]
@@ -143,11 +153,13 @@ impl Termination {
         }
     }
 
-    pub(super) fn answered(&mut self, input: Input) {
-        if let Input::Answered { answer, .. } = &input {
-            self.metrics.answered(answer);
+    pub(super) fn answered(&mut self, Answered { pod, ask, answer, aside }: Answered) {
+        let unready = self.work.as_ref().is_some_and(|work| work.machine.is_unready(&pod));
+        self.metrics.answered(&answer, unready);
+        if let Some(aside) = aside {
+            self.warned.once(&aside);
         }
-        self.feed(input);
+        self.feed(Input::Answered { pod, ask, answer });
     }
 
     /// Lets the drain look at the clock, where it wanted to be woken by now.
@@ -189,18 +201,25 @@ impl Termination {
             Effect::Evict { pod, grace_seconds } => {
                 self.requests.spawn(async move {
                     let answer = cluster.evict(&pod_ref(&pod), grace_seconds, limit).await;
-                    Input::Answered { pod: pod.uid, ask: Ask::Evict, answer }
+                    Answered { pod: pod.uid, ask: Ask::Evict, answer, aside: None }
                 });
             }
             Effect::Delete { pod, grace_seconds, message } => {
                 self.requests.spawn(async move {
                     let target = pod_ref(&pod);
                     // The condition tells controllers why; a pod that cannot be marked is deleted all the same.
-                    let answer = match cluster.mark(&target, DISRUPTION_REASON, &message, limit).await {
+                    let marked = cluster.mark(&target, DISRUPTION_REASON, &message, limit).await;
+                    let aside = match &marked {
+                        Answer::Forbidden { message } => {
+                            Some(format!("deleted pods do not get the condition DisruptionTarget: {message}"))
+                        }
+                        _ => None,
+                    };
+                    let answer = match marked {
                         answer @ (Answer::Gone | Answer::Replaced) => answer,
                         _ => cluster.delete(&target, Some(grace_seconds), limit).await,
                     };
-                    Input::Answered { pod: pod.uid, ask: Ask::Delete, answer }
+                    Answered { pod: pod.uid, ask: Ask::Delete, answer, aside }
                 });
             }
             Effect::Note(note) => self.tell_note(note),
@@ -220,7 +239,9 @@ impl Termination {
                 Some(Deadline::Soft(at)) => Limit::Soft(self.clock.moment(at)),
                 _ => Limit::ByGrace,
             };
-            self.work = Some(Work::begin(self.drain_settings(), limit, self.clock.now()));
+            // Nothing is sent, so nothing is answered: without a limit every pod is told at once.
+            let settings = drain::Settings { max_in_flight: usize::MAX, ..self.drain_settings() };
+            self.work = Some(Work::begin(settings, limit, self.clock.now()));
         } else {
             self.metrics.ended(standing.kinds.first().copied(), tell::Ending::DryRun);
         }

@@ -14,6 +14,9 @@ const BUDGET_RETRY_MOST: Duration = Duration::from_secs(5);
 /// What does not heal by waiting (two budgets, a missing right) is still looked at again: people repair things.
 const STUCK_RETRY: Duration = Duration::from_secs(5);
 const STUCK_RETRY_MOST: Duration = Duration::from_secs(15);
+/// An API server that has just started refuses what it allows a moment later, when it has read its roles: the first
+/// refusal of a right is asked again soon, and not told.
+const FORBIDDEN_RETRY: Duration = Duration::from_millis(500);
 /// A lost answer says nothing about the pod: ask again soon, on another connection.
 const LOST_RETRY: Duration = Duration::from_millis(100);
 const LOST_RETRY_MOST: Duration = Duration::from_secs(2);
@@ -51,7 +54,7 @@ impl Why {
                 "covered by more than one disruption budget, which the eviction API does not support"
             }
             Self::NamespaceTerminating => "its namespace is being deleted",
-            Self::Forbidden => "not allowed to evict it",
+            Self::Forbidden => "refused by the API server",
             Self::Failing => "the API server failed",
         }
     }
@@ -80,9 +83,16 @@ impl Drain {
             _ => self.window.answered(),
         }
         match answer {
-            Answer::Accepted => self.accepted(index, grace, sent_at, now),
+            Answer::Accepted => {
+                effects.extend(self.pods[index].tell_deletion());
+                self.accepted(index, grace, sent_at, now);
+            }
             Answer::Gone | Answer::Replaced => self.gone(index, now, effects),
             other => {
+                if !matches!(other, Answer::Unknown { .. }) {
+                    // It was not carried out.
+                    self.pods[index].deletion = None;
+                }
                 let mut setback = self.setback(index, other);
                 if ask == Ask::Delete {
                     // A deletion that came to nothing has no time to wait long.
@@ -119,7 +129,9 @@ impl Drain {
         let plain = |base, most| pod.back_off(base, most);
         match answer {
             Answer::Budget { message, retry_after } => {
-                let why = if pod.facts.ready { Why::Budget } else { Why::Unhealthy };
+                // A budget that is still being processed (it says when to come back) says nothing about the pod.
+                let ready = pod.facts.ready || retry_after.is_some();
+                let why = if ready { Why::Budget } else { Why::Unhealthy };
                 let wait = retry_after.unwrap_or_else(|| plain(BUDGET_RETRY, BUDGET_RETRY_MOST));
                 Setback { wait, why: Some((why, message)) }
             }
@@ -136,7 +148,7 @@ impl Drain {
                 Setback { wait: STUCK_RETRY, why: Some((Why::NamespaceTerminating, message)) }
             }
             Answer::Forbidden { message } => {
-                Setback { wait: plain(STUCK_RETRY, STUCK_RETRY_MOST), why: Some((Why::Forbidden, message)) }
+                Setback { wait: plain(FORBIDDEN_RETRY, STUCK_RETRY_MOST), why: Some((Why::Forbidden, message)) }
             }
             Answer::Failed { message } => {
                 Setback { wait: plain(BUDGET_RETRY, BUDGET_RETRY_MOST), why: Some((Why::Failing, message)) }
@@ -151,8 +163,11 @@ impl Drain {
         let latest = self.budget.latest_start(self.pods[index].facts.grace_seconds);
         let pod = &mut self.pods[index];
         let Some((why, message)) = why else { return };
-        pod.blocked = Some(why);
+        let first = pod.blocked.replace(why) != Some(why);
         pod.last_message.clone_from(&message);
+        if why == Why::Forbidden && first {
+            return;
+        }
         if !pod.told.contains(&why) {
             pod.told.push(why);
             let waits = latest.map(|latest| latest.since(now));

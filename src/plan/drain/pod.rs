@@ -61,6 +61,10 @@ pub(super) struct Pod {
     pub(super) told: Vec<Why>,
     /// A deletion was sent.
     pub(super) deleted: bool,
+    /// What to tell people when that deletion proves to have been carried out.
+    pub(super) deletion: Option<String>,
+    /// They were told.
+    pub(super) deletion_told: bool,
     /// What the API server said last, for the record of why.
     pub(super) last_message: String,
 }
@@ -81,6 +85,8 @@ impl Pod {
             blocked: None,
             told: Vec::new(),
             deleted: false,
+            deletion: None,
+            deletion_told: false,
             last_message: String::new(),
         }
     }
@@ -160,6 +166,13 @@ impl Pod {
             }
             _ => {}
         }
+    }
+
+    /// The deletion that was sent has been carried out, as far as anybody can tell.
+    pub(super) fn tell_deletion(&mut self) -> Option<Effect> {
+        let message = self.deletion.take().filter(|_| !self.deletion_told)?;
+        self.deletion_told = true;
+        Some(self.note(News::DeletedAtDeadline { message }))
     }
 
     pub(super) fn leave(&mut self) -> Effect {

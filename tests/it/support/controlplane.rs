@@ -8,7 +8,7 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::{Arc, Mutex, Once, OnceLock},
+    sync::{Arc, Mutex, Once, OnceLock, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -251,11 +251,13 @@ impl ControlPlane {
 
 impl Drop for ControlPlane {
     fn drop(&mut self) {
-        if let Some(child) = self.controllers.lock().unwrap().as_mut() {
+        // A start that failed has poisoned a lock; a second panic here would hide why.
+        if let Some(child) = self.controllers.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
             end(child);
         }
-        end(&mut self.apiserver.lock().unwrap());
-        end(&mut self.etcd.lock().unwrap());
+        for child in [&self.apiserver, &self.etcd] {
+            end(&mut child.lock().unwrap_or_else(PoisonError::into_inner));
+        }
         let _ = std::fs::remove_dir_all(&self.dir);
     }
 }
