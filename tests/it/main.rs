@@ -13,4 +13,5 @@ mod config;
 mod controlplane;
 mod imds_source;
 mod mock_imds;
+mod readme;
 mod support;
