@@ -1,7 +1,13 @@
 //! The README's tables are what the binary really has.
 
 use prometheus_client::{encoding::text, registry::Registry};
-use spotter::{cluster, config::options, ops::metrics::{Exposition, MetricsRegistry}, source::imds, termination};
+use spotter::{
+    cluster,
+    config::options,
+    ops::metrics::{Exposition, MetricsRegistry},
+    source::imds,
+    termination,
+};
 
 const README: &str = include_str!("../../README.md");
 
@@ -38,7 +44,9 @@ fn metrics() -> String {
     let mut rows = Vec::new();
     for line in page.lines() {
         let Some((name, help)) = line.strip_prefix("# HELP ").and_then(|rest| rest.split_once(' ')) else { continue };
-        let sample = page.lines().find(|line| line.starts_with(&format!("{name}{{")) || line.starts_with(&format!("{name}_bucket{{")));
+        let sample = page
+            .lines()
+            .find(|line| line.starts_with(&format!("{name}{{")) || line.starts_with(&format!("{name}_bucket{{")));
         let labels = sample.map(labels_of).unwrap_or_default();
         rows.push(format!("| `{name}` | {labels} | {} |", help.trim_end_matches('.')));
     }
@@ -48,6 +56,7 @@ fn metrics() -> String {
 
 fn labels_of(sample: &str) -> String {
     let inside = sample.split_once('{').and_then(|(_, rest)| rest.split_once('}')).map_or("", |(inside, _)| inside);
-    let names = inside.split(',').filter_map(|pair| pair.split_once('=')).map(|(name, _)| name).filter(|name| *name != "le");
+    let names =
+        inside.split(',').filter_map(|pair| pair.split_once('=')).map(|(name, _)| name).filter(|name| *name != "le");
     names.collect::<Vec<_>>().join(", ")
 }
