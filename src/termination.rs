@@ -37,7 +37,7 @@ use tracing::Span;
 
 use crate::{
     clock::Clock,
-    cluster::{Cluster, NodeEvent, NodeFacts, PodEvent, Recorder},
+    cluster::{Cluster, EventNote, NodeEvent, NodeFacts, PodEvent, Recorder},
     notice::{InstanceId, Report},
     plan::{Moment, classify::Rules, drain},
     policy::{Policy, Response, standing::Notices},
@@ -149,6 +149,8 @@ pub struct Termination {
     pod_feed: Option<Feed<PodEvent>>,
     /// When the notice that leads the termination was seen; stages are timed from here.
     seen_at: Option<Moment>,
+    /// Events that wait until the claim is through: nothing stands in front of it.
+    announcements: Vec<EventNote>,
     /// Why the notices ask for nothing any more, for the release.
     ended_by: tell::ReleaseReason,
     span: Span,
@@ -177,6 +179,7 @@ impl Termination {
             node_feed: None,
             pod_feed: None,
             seen_at: None,
+            announcements: Vec::new(),
             ended_by: tell::ReleaseReason::Expired,
             span: Span::none(),
             warned: tell::Warned::default(),
@@ -236,6 +239,7 @@ impl Termination {
             }
         }
         self.open_feeds();
+        self.announce();
         Ok(())
     }
 
@@ -261,7 +265,7 @@ impl Termination {
             standing.changes_at.map(|at| self.clock.moment(at)),
             self.write.not_before,
             self.start.due(self.node.is_none()),
-            self.work.as_ref().and_then(Work::next_wake),
+            self.work.as_ref().and_then(|work| work.next_wake(now)),
             self.node_feed_due().filter(|_| self.node_feed.is_none()),
             self.next_look(),
         ];

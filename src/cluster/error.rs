@@ -158,6 +158,8 @@ pub(super) fn deepest(error: &(dyn StdError + 'static)) -> String {
     match transport::causes(error).last().map(ToString::to_string) {
         // hyper's words for a request that waited for the connection that another one was opening.
         Some(text) if text == "request was canceled" => "the connection could not be opened".to_owned(),
+        // What is left of a connection whose pings were not answered.
+        Some(text) if text.contains("broken pipe") => "the connection is dead".to_owned(),
         text => text.unwrap_or_default(),
     }
 }

@@ -89,9 +89,9 @@ impl Follower {
                     self.feed = None;
                     self.pause = true;
                     if self.trouble.as_ref() == Some(&message) {
-                        debug!(%message, "the watch of the own node is still interrupted");
+                        debug!(cause = %message, "the watch of the own node is still interrupted");
                     } else {
-                        warn!(%message, "the watch of the own node is interrupted");
+                        warn!(cause = %message, "the watch of the own node is interrupted");
                         self.trouble = Some(message);
                     }
                 }
@@ -123,13 +123,13 @@ impl Follower {
             }
             Some(Frame::Bookmark { version, .. }) => self.version = Some(version),
             Some(Frame::Malformed { version, message }) => {
-                warn!(%message, "an event of the own node was left out");
+                warn!(cause = %message, "an event of the own node was left out");
                 if !version.is_empty() {
                     self.version = Some(version);
                 }
             }
             Some(Frame::Refused { code, message }) => {
-                debug!(code, %message, "the watch of the own node is too old: reading it again");
+                debug!(code, cause = %message, "the watch of the own node is too old: reading it again");
                 self.feed = None;
                 self.version = None;
                 self.pause = true;

@@ -110,7 +110,7 @@ impl Follower {
             self.feed = None;
             self.pause = true;
             if self.trouble.as_ref() == Some(&message) {
-                debug!(%message, "the watch of the pods is still interrupted");
+                debug!(cause = %message, "the watch of the pods is still interrupted");
             } else {
                 self.trouble = Some(message.clone());
                 self.ready.push_back(PodEvent::Trouble { message });
@@ -141,7 +141,7 @@ impl Follower {
                 self.ready.push_back(PodEvent::Trouble { message: format!("pod {message}") });
             }
             Frame::Refused { code, message } => {
-                debug!(code, %message, "the watch of the pods is too old: listing them again");
+                debug!(code, cause = %message, "the watch of the pods is too old: listing them again");
                 self.feed = None;
                 self.version = None;
                 self.pause = true;

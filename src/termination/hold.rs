@@ -446,8 +446,10 @@ impl Termination {
         self.node.as_ref()?;
         let now = self.clock.now();
         match &self.hold {
-            // Without a claim only a brake keeps notices open: watch for its end.
-            Hold::Nobody | Hold::Rehearsed(_) => (!self.notices.list().is_empty()).then_some(now),
+            // Something is asked for, and not done: the Node's own word is the brake. Watch for its end.
+            Hold::Nobody | Hold::Rehearsed(_) => {
+                (self.notices.standing(None, self.clock.wall()).stage != Stage::Nothing).then_some(now)
+            }
             Hold::Theirs(_) => Some(now),
             Hold::Ours(record) => match record.phase {
                 Phase::Scheduled | Phase::Watching => Some(now),

@@ -119,6 +119,10 @@ impl Termination {
     /// Goes on with a termination of a former process.
     fn resume(&mut self, node: &NodeFacts) {
         let Some(annotation) = node.record() else { return };
+        if self.settings.dry_run {
+            // It belongs to a process that works, beside which this one only says what it would do.
+            return;
+        }
         let mut record = match Record::parse(annotation) {
             Ok(record) => record,
             Err(problem) => {

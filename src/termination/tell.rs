@@ -159,10 +159,15 @@ impl Termination {
         }
     }
 
-    fn node_event_note(&self, warning: bool, reason: &'static str, message: String) {
+    fn node_event_note(&mut self, warning: bool, reason: &'static str, message: String) {
         if self.settings.events {
-            self.recorder.publish(EventNote { about: About::Node, warning, reason, message });
+            self.announcements.push(EventNote { about: About::Node, warning, reason, message });
         }
+    }
+
+    /// Publishes the Node's events, in their order.
+    pub(super) fn announce(&mut self) {
+        self.announcements.drain(..).for_each(|note| self.recorder.publish(note));
     }
 
     pub(super) fn enter_span(&mut self, record: &Record) {
@@ -176,7 +181,7 @@ impl Termination {
     }
 
     /// The Node carries this record now.
-    pub(super) fn tell_written(&self, record: &Record, before: Option<Phase>, now: Moment) {
+    pub(super) fn tell_written(&mut self, record: &Record, before: Option<Phase>, now: Moment) {
         let kind = record.leading_kind();
         let was_cordoned = before.is_some_and(Phase::is_cordoned);
         let deadline = text_of(record.deadline);
@@ -193,14 +198,14 @@ impl Termination {
         }
     }
 
-    pub(super) fn tell_drain_started(&self, record: &Record) {
+    pub(super) fn tell_drain_started(&mut self, record: &Record) {
         let deadline = text_of(record.deadline);
         self.span.in_scope(|| info!(deadline, hard = record.hard, "drain started"));
         self.node_event_note(false, "DrainStarted", format!("{}: deadline {deadline}", record.leading_kind()));
     }
 
     /// The drain came to its end: the numbers that count, once.
-    pub(super) fn tell_finished(&self) {
+    pub(super) fn tell_finished(&mut self) {
         let (Some(work), Hold::Ours(record)) = (&self.work, &self.hold) else { return };
         if record.phase.is_ended() {
             return;
@@ -291,7 +296,7 @@ impl Termination {
         }
     }
 
-    pub(super) fn tell_released(&self, record: &Record, reason: ReleaseReason) {
+    pub(super) fn tell_released(&mut self, record: &Record, reason: ReleaseReason) {
         self.metrics.released(reason);
         if !record.phase.is_ended() {
             let ending = if reason == ReleaseReason::Expired { Ending::Released } else { Ending::Cancelled };
@@ -308,7 +313,7 @@ impl Termination {
         info!(id = record.id, holder, phase = record.phase.as_str(), "another handler holds the Node; following it");
     }
 
-    pub(super) fn tell_taken_over(&self, from: Manager, why: &'static str) {
+    pub(super) fn tell_taken_over(&mut self, from: Manager, why: &'static str) {
         warn!(from = from.as_str(), why, "taking over the Node");
         self.node_event_note(true, "TakenOver", format!("from {}: {why}", from.as_str()));
     }
@@ -317,7 +322,7 @@ impl Termination {
         self.span.in_scope(|| warn!("somebody uncordoned the Node; it is not cordoned again for this notice"));
     }
 
-    pub(super) fn tell_wrong_instance(&self, problem: &Error) {
+    pub(super) fn tell_wrong_instance(&mut self, problem: &Error) {
         error!("{problem}");
         self.node_event_note(true, "WrongInstance", problem.to_string());
     }

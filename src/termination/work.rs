@@ -76,8 +76,9 @@ impl Work {
         self.stopping = true;
     }
 
-    pub(super) fn next_wake(&self) -> Option<Moment> {
-        if self.machine.is_finished() { self.machine.end() } else { self.machine.next_wake() }
+    /// When there is something to do without news: for the drain, or, after it, closing the pods' watch.
+    pub(super) fn next_wake(&self, now: Moment) -> Option<Moment> {
+        if self.machine.is_finished() { self.machine.end().filter(|end| now < *end) } else { self.machine.next_wake() }
     }
 
     pub(super) fn progress(&self) -> drain::Progress {

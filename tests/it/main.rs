@@ -14,4 +14,5 @@ mod config;
 mod controlplane;
 mod imds_source;
 mod mock_imds;
+mod readme;
 mod support;
