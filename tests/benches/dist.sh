@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Builds the program as it is shipped (profile `dist`, static) and prints its path. Sizes, memory and speed are measured
+# on this build: `cargo bench --bench agent` takes it by itself.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+target=$(uname -m)-unknown-linux-gnu
+# With --target, so that procedural macros are still built as shared objects.
+RUSTFLAGS="${RUSTFLAGS:-} -C target-feature=+crt-static" cargo build --profile dist --target "$target" >&2
+program=${CARGO_TARGET_DIR:-target}/$target/dist/spotter
+stat -c '%n, %s bytes' "$program"
