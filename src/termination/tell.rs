@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 
 use jiff::Timestamp;
-use tracing::{error, info, info_span, warn};
+use tracing::{info, info_span, warn};
 
 use crate::{
-    cluster::{About, EventNote, Manager, PodRef},
+    cluster::{About, EventNote, Manager, NodeFacts, PodRef},
     notice::{Kind, Notice, Report, Withdrawal},
     plan::{
         Moment,
@@ -102,12 +102,7 @@ impl Termination {
 
     fn noticed(&mut self, notice: Notice) {
         let now = self.clock.wall();
-        let ready_since = self
-            .node
-            .as_ref()
-            .and_then(|node| node.ready.as_ref())
-            .filter(|ready| ready.ready)
-            .map(|ready| ready.since);
+        let ready_since = self.node.as_ref().and_then(NodeFacts::ready_since);
         let (kind, id, detail) = (notice.kind, notice.id.clone(), notice.detail.clone());
         let deadline = notice.deadline.at();
         let age = now.duration_since(notice.noticed_at).as_secs_f64().max(0.0);
@@ -143,7 +138,7 @@ impl Termination {
         self.notices.policy_mut().decide(notice, annotation).response
     }
 
-    fn withdrawn(&mut self, notice: &Notice, why: Withdrawal) {
+    pub(super) fn withdrawn(&mut self, notice: &Notice, why: Withdrawal) {
         info!(kind = %notice.kind, id = %notice.id, ?why, "notice withdrawn");
         self.ended_by = ReleaseReason::Cancelled;
         if notice.kind == Kind::ScheduledMaintenance {
@@ -166,7 +161,7 @@ impl Termination {
     }
 
     pub(super) fn enter_span(&mut self, record: &Record) {
-        let node = self.node.as_ref().map_or("", |node| node.name.as_str());
+        let node = self.cluster.node_name();
         let kind = record.leading_kind();
         self.span = info_span!("termination", id = record.id, node, instance = %self.instance, %kind);
     }
@@ -317,8 +312,8 @@ impl Termination {
         self.span.in_scope(|| warn!("somebody uncordoned the Node; it is not cordoned again for this notice"));
     }
 
+    /// The log has it as the reason why the process ends.
     pub(super) fn tell_wrong_instance(&self, problem: &Error) {
-        error!("{problem}");
         self.node_event_note(true, "WrongInstance", problem.to_string());
     }
 
