@@ -7,6 +7,7 @@
 
 mod admin;
 mod agent;
+mod agent_hold;
 mod architecture;
 mod cluster_client;
 mod config;
