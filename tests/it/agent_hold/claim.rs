@@ -148,3 +148,23 @@ async fn a_node_that_others_write_all_the_time_is_written_in_the_end() {
     drop(others);
     assert_eq!(scene.until_phase(Phase::Drained).await.id, id);
 }
+
+#[tokio::test]
+async fn under_its_own_name_behind_the_admission_policy_it_holds_and_gives_back() {
+    let Some(cp) = controlplane::shared() else { return };
+    let world = World::new(cp, "direct").await;
+    let node = world.node("a").await;
+    let access = world.agent(&node, Rights::Direct).await;
+    let seat = Seat::with(access, &node, &node.instance_id).await;
+    let scene = Scene { cp, world, node, seat };
+    let agent = scene.seat.start(&[]);
+    agent.line("acting with the credentials' own rights").await;
+    agent.line("Node found").await;
+    scene.seat.imds.apply(Change::TargetState("Terminated".into()));
+    scene.until_phase(Phase::Drained).await;
+    let node = scene.get().await;
+    assert!(cordoned(&node) && label(&node, NO_BALANCER).is_some());
+    scene.seat.imds.apply(Change::TargetState("InService".into()));
+    let node = scene.until_released().await;
+    assert!(!cordoned(&node) && label(&node, NO_BALANCER).is_none() && !owns(&node, "spotter-agent"));
+}
