@@ -7,7 +7,12 @@ pub mod budget;
 pub mod classify;
 pub mod drain;
 
-use std::{collections::BTreeMap, fmt, time::Duration};
+use std::{
+    collections::BTreeMap,
+    fmt,
+    hash::{DefaultHasher, Hash, Hasher},
+    time::Duration,
+};
 
 /// A point on the process's monotonic clock: the time since an origin that the edge chose.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -28,6 +33,13 @@ impl Moment {
     pub fn since(self, earlier: Self) -> Duration {
         self.0.saturating_sub(earlier.0)
     }
+}
+
+/// A number of 0 up to 1 that hangs on `seed` alone: spreads waits without chance, so that tests can repeat them.
+pub fn spread(seed: &impl Hash) -> f64 {
+    let mut hasher = DefaultHasher::new();
+    seed.hash(&mut hasher);
+    (hasher.finish() % 1024) as f64 / 1024.0
 }
 
 /// The UID of a pod: its identity, where its name may be given to another.

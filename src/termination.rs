@@ -4,7 +4,8 @@
 //! answers, asks the pure parts what that means, and does it:
 //!
 //! - the open notices say what is asked for ([`crate::policy::standing`]), `course` what to do about it;
-//! - `hold` writes on the Node: claim, record, release; `follow` is for a node that another handler holds;
+//! - `hold` writes on the Node: claim and record; `release` gives it back; `follow` is for a node that another handler
+//!   holds;
 //! - `work` drives the drain's state machine ([`crate::plan::drain`]) with the pods of the node;
 //! - `start` reads the Node at the beginning and goes on where a former process stopped;
 //! - `tell` is what people hear of it.
@@ -17,6 +18,7 @@ mod follow;
 mod hold;
 mod metrics;
 mod record;
+mod release;
 mod start;
 mod tell;
 mod work;
@@ -51,6 +53,9 @@ const LONGEST_SLEEP: Duration = Duration::from_secs(60);
 
 /// How long answers to requests under way are awaited when the process is asked to stop.
 const LAST_ANSWERS: Duration = Duration::from_secs(5);
+
+/// Steps in a row before others get a turn: a claim that meets everything that can be in its way takes six.
+const MOST_STEPS: usize = 8;
 
 /// Pod events wait here while the task is busy; a node has a few hundred pods at most.
 const FEED_CAPACITY: usize = 1024;
@@ -142,6 +147,8 @@ pub struct Termination {
     /// A person has uncordoned the node since we cordoned it: we do not cordon it again.
     uncordoned: bool,
     write: hold::Attempts,
+    /// When a holder that may be gone is looked at next.
+    holder_look: Option<Moment>,
     start: start::Lookup,
     work: Option<Work>,
     requests: JoinSet<work::Answered>,
@@ -173,6 +180,7 @@ impl Termination {
             hold: Hold::Nobody,
             uncordoned: false,
             write: hold::Attempts::default(),
+            holder_look: None,
             start: start::Lookup::default(),
             work: None,
             requests: JoinSet::new(),
@@ -206,7 +214,7 @@ impl Termination {
                 Some(answer) = self.requests.join_next() => self.answered(answer?),
                 found = start::Lookup::next(&mut self.start.task) => self.looked_up(found)?,
                 event = Feed::next(&mut self.pod_feed) => self.pod_event(event),
-                event = Feed::next(&mut self.node_feed) => self.node_event(event)?,
+                event = Feed::next(&mut self.node_feed) => self.node_event(event).await?,
                 () = sleep_until(wake) => {}
             }
             self.tick();
@@ -232,11 +240,17 @@ impl Termination {
 
     /// Does what is to be done about the node now, one step after the other.
     async fn act(&mut self) -> Result<(), Error> {
-        // Each step changes what is held; more than a few in a row would mean that two of them undo each other.
-        for _ in 0..4 {
-            if !self.step().await? {
+        // Each step changes what is held; more than a few in a row would mean that two of them undo each other, or that
+        // the Node changes faster than it can be written.
+        let mut more = true;
+        for _ in 0..MOST_STEPS {
+            more = self.step().await?;
+            if !more {
                 break;
             }
+        }
+        if more {
+            self.pause_writes();
         }
         self.open_feeds();
         self.announce();
@@ -266,8 +280,9 @@ impl Termination {
             self.write.not_before,
             self.start.due(self.node.is_none()),
             self.work.as_ref().and_then(|work| work.next_wake(now)),
-            self.node_feed_due().filter(|_| self.node_feed.is_none()),
+            self.node_feed_due(now).filter(|_| self.node_feed.is_none()),
             self.next_look(),
+            self.holder_look.filter(|_| matches!(self.hold, Hold::Theirs(_))),
         ];
         let wake = times.into_iter().flatten().min().unwrap_or(now);
         // A wake that is due and changes nothing must not spin.
@@ -277,7 +292,7 @@ impl Termination {
     /// Opens the watches that are needed now, and closes the others.
     fn open_feeds(&mut self) {
         let now = self.clock.now();
-        if self.node_feed_due().is_some_and(|due| due <= now) {
+        if self.node_feed_due(now).is_some_and(|due| due <= now) {
             if self.node_feed.is_none()
                 && let Some(node) = &self.node
             {

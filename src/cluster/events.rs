@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     fmt,
     sync::{
-        Arc, OnceLock,
+        Arc, Mutex as StdMutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -59,7 +59,7 @@ pub struct Recorder(Arc<Shared>);
 
 struct Shared {
     cluster: Cluster,
-    node_uid: OnceLock<String>,
+    node_uid: StdMutex<String>,
     queue: mpsc::Sender<(EventNote, Timestamp)>,
     waiting: Mutex<mpsc::Receiver<(EventNote, Timestamp)>>,
     /// Whether it was already said that events are dropped.
@@ -78,7 +78,7 @@ impl Cluster {
         let (queue, waiting) = mpsc::channel(QUEUE);
         Recorder(Arc::new(Shared {
             cluster: self.clone(),
-            node_uid: OnceLock::new(),
+            node_uid: StdMutex::default(),
             queue,
             waiting: Mutex::new(waiting),
             overflown: AtomicBool::new(false),
@@ -98,9 +98,9 @@ impl Recorder {
         }
     }
 
-    /// The UID under which the Node's events are filed. The first one counts.
+    /// The UID under which the Node's events are filed from now on.
     pub fn set_node(&self, uid: &str) {
-        let _ = self.0.node_uid.set(uid.to_owned());
+        uid.clone_into(&mut self.0.node_uid.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Sends what is published until `cancel`, and then for at most 2 s what is still queued. A failure to send is
@@ -136,8 +136,8 @@ impl Recorder {
 
     async fn send(&self, note: EventNote, at: Timestamp) -> Result<(), Error> {
         let cluster = &self.0.cluster;
-        let node_uid = self.0.node_uid.get().map(String::as_str);
-        let (namespace, body) = event(note, at, &cluster.0.node, node_uid, cluster.0.manager);
+        let node_uid = self.0.node_uid.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let (namespace, body) = event(note, at, &cluster.0.node, &node_uid, cluster.0.manager);
         let body = serde_json::to_vec(&body).map_err(|error| Error::config("an event", &error))?;
         let request = Request::new(format!("/api/v1/namespaces/{namespace}/events"));
         let request = request.create(&PostParams::default(), body).map_err(unbuildable)?;
@@ -160,7 +160,7 @@ fn report(said: &mut BTreeSet<String>, result: Result<(), Error>) {
 }
 
 /// The event and the namespace that it belongs to: the pod's own, or `default` for the Node, which has none.
-fn event(note: EventNote, at: Timestamp, node: &str, node_uid: Option<&str>, manager: Manager) -> (String, Value) {
+fn event(note: EventNote, at: Timestamp, node: &str, node_uid: &str, manager: Manager) -> (String, Value) {
     let EventNote { about, warning, reason, mut message } = note;
     if message.len() > MESSAGE_LIMIT {
         message.truncate(message.floor_char_boundary(MESSAGE_LIMIT - '…'.len_utf8()));
@@ -168,8 +168,7 @@ fn event(note: EventNote, at: Timestamp, node: &str, node_uid: Option<&str>, man
     }
     let (namespace, name, object) = match about {
         About::Node => {
-            let object =
-                json!({ "apiVersion": "v1", "kind": "Node", "name": node, "uid": node_uid.unwrap_or_default() });
+            let object = json!({ "apiVersion": "v1", "kind": "Node", "name": node, "uid": node_uid });
             ("default".to_owned(), node.to_owned(), object)
         }
         About::Pod(PodRef { namespace, name, uid }) => {
@@ -206,7 +205,7 @@ mod tests {
     fn events_are_filed_under_the_object_that_they_are_about() {
         let at = "2026-11-23T01:02:03.9Z".parse().unwrap();
         let note = EventNote { about: About::Node, warning: false, reason: "Cordoned", message: "m".into() };
-        let (namespace, body) = event(note, at, "n1", Some("nu"), Manager::Agent);
+        let (namespace, body) = event(note, at, "n1", "nu", Manager::Agent);
         assert_eq!(namespace, "default");
         assert_eq!(body["involvedObject"], json!({"apiVersion": "v1", "kind": "Node", "name": "n1", "uid": "nu"}));
         assert_eq!((&body["type"], &body["reportingComponent"]), (&json!("Normal"), &json!("spotter.dev/agent")));
@@ -214,7 +213,7 @@ mod tests {
 
         let pod = PodRef { namespace: "shop".into(), name: "web-0".into(), uid: PodUid("u".into()) };
         let note = EventNote { about: About::Pod(pod), warning: true, reason: "Left", message: "ä".repeat(1_000) };
-        let (namespace, body) = event(note, at, "n1", None, Manager::Queue);
+        let (namespace, body) = event(note, at, "n1", "", Manager::Queue);
         assert_eq!(namespace, "shop");
         assert_eq!(body["metadata"], json!({"generateName": "web-0.", "namespace": "shop"}));
         assert_eq!((&body["type"], &body["source"]["component"]), (&json!("Warning"), &json!("spotter-queue")));

@@ -53,6 +53,11 @@ impl NodeFacts {
     pub fn record(&self) -> Option<&str> {
         self.annotations.get("termination").map(String::as_str)
     }
+
+    /// Since when it is Ready; `None` where it is not.
+    pub fn ready_since(&self) -> Option<Timestamp> {
+        self.ready.filter(|ready| ready.ready).map(|ready| ready.since)
+    }
 }
 
 /// Everything that a manager wants of the Node. What is left out is given up: the default releases the node.

@@ -1,6 +1,6 @@
 //! The open notices of one node, and what they ask for together.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use jiff::Timestamp;
 
@@ -49,6 +49,10 @@ pub enum Change {
 pub struct Notices {
     policy: Policy,
     entries: BTreeMap<NoticeId, Entry>,
+    /// Listed by a source, and not acted on.
+    refused: BTreeMap<NoticeId, Notice>,
+    /// The kinds of which a source has told all that it knows.
+    synced: BTreeSet<Kind>,
 }
 
 #[derive(Debug, Clone)]
@@ -64,7 +68,7 @@ struct Entry {
 
 impl Notices {
     pub fn new(policy: Policy) -> Self {
-        Self { policy, entries: BTreeMap::new() }
+        Self { policy, entries: BTreeMap::new(), refused: BTreeMap::new(), synced: BTreeSet::new() }
     }
 
     /// The policy, for what depends on it besides.
@@ -82,6 +86,7 @@ impl Notices {
             return Change::Same;
         }
         if let Err(refusal) = self.policy.admit(&notice, ready_since, now) {
+            self.refused.insert(notice.id.clone(), notice);
             return Change::Refused(refusal);
         }
         let entry = Entry { notice, remembered: false, vanished: false, spent: false };
@@ -91,15 +96,37 @@ impl Notices {
         }
     }
 
+    /// Judges anew what was seen before the Node was known, and drops what is not to be acted on.
+    pub fn review(&mut self, ready_since: Option<Timestamp>, now: Timestamp) -> Vec<(Notice, Refusal)> {
+        let mut refused = Vec::new();
+        self.entries.retain(|_, entry| match self.policy.admit(&entry.notice, ready_since, now) {
+            // What a record remembers was admitted once, and ends by other rules.
+            Err(refusal) if !entry.remembered => {
+                refused.push((entry.notice.clone(), refusal));
+                false
+            }
+            _ => true,
+        });
+        refused
+    }
+
     /// Takes in a notice from a record. A source will repeat it, or [`Notices::synced`] will tell that it did not.
-    pub fn remember(&mut self, notice: Notice) {
-        let id = notice.id.clone();
-        let entry = Entry { notice, remembered: true, vanished: false, spent: false };
-        self.entries.entry(id).or_insert(entry);
+    /// Where the sources have told all before the record was read, it has vanished already: returns it then, if it
+    /// asks for nothing any more.
+    pub fn remember(&mut self, notice: Notice) -> Option<Notice> {
+        let (id, kind) = (notice.id.clone(), notice.kind);
+        if self.entries.contains_key(&id) {
+            return None;
+        }
+        // Too old to be acted on anew, but listed: what was done about it stands.
+        let listed = self.refused.get(&id).is_some_and(|refused| same_version(refused, &notice));
+        self.entries.insert(id.clone(), Entry { notice, remembered: !listed, vanished: false, spent: false });
+        if !listed && self.synced.contains(&kind) { self.withdraw(&id, Withdrawal::Vanished) } else { None }
     }
 
     /// A source has told all that it knows of `kind`: what was remembered and not repeated has vanished.
     pub fn synced(&mut self, kind: Kind) -> Vec<Notice> {
+        self.synced.insert(kind);
         let forgotten = |entry: &&Entry| entry.remembered && entry.notice.kind == kind;
         let ids: Vec<NoticeId> = self.entries.values().filter(forgotten).map(|entry| entry.notice.id.clone()).collect();
         ids.iter().filter_map(|id| self.withdraw(id, Withdrawal::Vanished)).collect()
@@ -110,6 +137,7 @@ impl Notices {
     /// A notice with a hard deadline that merely vanished keeps asking until the machine has outlived it: nobody has
     /// said that the power stays.
     pub fn withdraw(&mut self, id: &NoticeId, why: Withdrawal) -> Option<Notice> {
+        self.refused.remove(id);
         let entry = self.entries.get_mut(id)?;
         if why == Withdrawal::Vanished && entry.notice.deadline.is_hard() {
             entry.vanished = true;
@@ -316,15 +344,56 @@ mod tests {
     #[test]
     fn what_a_record_remembers_and_no_source_repeats_has_vanished() {
         let mut notices = Notices::new(policy());
-        notices.remember(maintenance("e-1", "system-reboot", 7200));
-        notices.remember(maintenance("e-2", "system-reboot", 7200));
-        notices.remember(spot(120));
+        for notice in [maintenance("e-1", "system-reboot", 7200), maintenance("e-2", "system-reboot", 7200), spot(120)]
+        {
+            assert_eq!(notices.remember(notice), None);
+        }
         assert_eq!(notices.see(maintenance("e-2", "system-reboot", 7200), None, at(0)), Change::Same);
         let gone = notices.synced(Kind::ScheduledMaintenance);
         assert_eq!(gone.iter().map(|notice| notice.id.0.as_str()).collect::<Vec<_>>(), ["e-1"]);
         assert_eq!(notices.list().len(), 2);
         assert!(notices.synced(Kind::SpotInterruption).is_empty());
         assert_eq!(stage(&notices, 0), Stage::Draining);
+    }
+
+    #[test]
+    fn a_record_that_is_read_after_the_sources_have_told_all_is_judged_the_same() {
+        let mut notices = Notices::new(policy());
+        assert_eq!(notices.see(asg(), None, at(0)), Change::New);
+        for kind in Kind::ALL {
+            assert!(notices.synced(kind).is_empty());
+        }
+        let event = maintenance("e-1", "system-reboot", 7200);
+        assert_eq!(notices.remember(event.clone()), Some(event));
+        assert_eq!(notices.remember(asg()), None, "still listed");
+        assert_eq!(notices.remember(spot(120)), None, "nobody has said that the power stays");
+        assert_eq!(notices.list(), [asg(), spot(120)]);
+        assert!(!notices.all_vanished());
+        assert_eq!(stage(&notices, 0), Stage::Draining);
+    }
+
+    #[test]
+    fn an_old_notice_that_is_still_listed_has_not_vanished_from_the_record() {
+        let mut notices = Notices::new(policy());
+        assert_eq!(notices.see(spot(0), None, at(601)), Change::Refused(Refusal::Stale));
+        assert!(notices.synced(Kind::SpotInterruption).is_empty());
+        assert_eq!(stage(&notices, 601), Stage::Nothing);
+        assert_eq!(notices.remember(spot(0)), None);
+        assert!(!notices.all_vanished());
+        assert_eq!(notices.withdraw(&spot(0).id, Withdrawal::Vanished), None);
+        assert!(notices.all_vanished());
+    }
+
+    #[test]
+    fn what_was_seen_before_the_node_was_known_is_judged_by_it() {
+        let mut notices = Notices::new(policy());
+        assert_eq!(notices.see(maintenance("e-1", "system-reboot", 0), None, at(400)), Change::New);
+        assert_eq!(notices.see(asg(), None, at(400)), Change::New);
+        notices.remember(maintenance("e-2", "system-reboot", 0));
+        assert!(notices.review(Some(at(-100)), at(400)).is_empty(), "Ready since before: it waits for its reboot");
+        let refused = notices.review(Some(at(60)), at(400));
+        assert_eq!(refused, [(maintenance("e-1", "system-reboot", 0), Refusal::Outlived)]);
+        assert_eq!(notices.list().len(), 2);
     }
 
     #[test]

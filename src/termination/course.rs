@@ -78,10 +78,11 @@ pub(super) fn holder_is_gone(record: &Record, terminating: usize, remaining: usi
     may_be_silent(record, now) && terminating == 0 && remaining > 0
 }
 
-/// Whether a record that is read at start is about a machine that has since booted past its deadline: there is nothing
-/// to go on with, only to see whether it has outlived the notice.
-pub(super) fn is_over(record: &Record, boot_now: &str, now: Timestamp) -> bool {
-    record.is_of_earlier_boot(boot_now) && record.deadline.is_some_and(|deadline| deadline < now)
+/// Whether a record that is read at start is about a machine that has since come back past its deadline, booted or
+/// woken: there is nothing to go on with, only to see whether it has outlived the notice.
+pub(super) fn is_over(record: &Record, boot_now: &str, ready_since: Option<Timestamp>, now: Timestamp) -> bool {
+    let Some(deadline) = record.deadline.filter(|deadline| *deadline < now) else { return false };
+    record.is_of_earlier_boot(boot_now) || ready_since.is_some_and(|since| since > deadline)
 }
 
 #[cfg(test)]
@@ -179,10 +180,11 @@ mod tests {
     }
 
     #[test]
-    fn a_record_of_an_earlier_boot_is_over_after_its_deadline() {
+    fn a_record_of_a_machine_that_came_back_is_over_after_its_deadline() {
         let old = Record { boot_id: Some("a".into()), ..record(Phase::Draining, soft(60)) };
-        assert!(is_over(&old, "b", at(61)));
-        assert!(!is_over(&old, "b", at(59)), "rebooted within the two minutes: the power still goes");
-        assert!(!is_over(&old, "a", at(61)));
+        assert!(is_over(&old, "b", None, at(61)));
+        assert!(!is_over(&old, "b", None, at(59)), "rebooted within the two minutes: the power still goes");
+        assert!(!is_over(&old, "a", Some(at(-100)), at(61)));
+        assert!(is_over(&old, "a", Some(at(3600)), at(3700)), "woken from hibernation with the same boot id");
     }
 }

@@ -29,25 +29,39 @@ impl Termination {
         } else if course::asks_for_more(&record, standing) {
             self.take_over(other, "our notice asks for more");
         } else {
-            self.tell_followed(&record);
-            self.work = None;
-            self.write = Attempts::default();
-            self.hold = Hold::Theirs(record);
+            self.lost_to(record);
         }
+    }
+
+    /// Another handler holds the Node from now on.
+    pub(super) fn lost_to(&mut self, record: Record) {
+        self.metrics.active_end();
+        self.tell_followed(&record);
+        self.work = None;
+        self.write = Attempts::default();
+        self.holder_look = None;
+        self.hold = Hold::Theirs(record);
     }
 
     fn take_over(&mut self, other: Manager, why: &'static str) {
         self.write.force = true;
         self.write.taken_over_from = Some(other);
+        self.metrics.active_end();
         self.tell_taken_over(other, why);
+        self.work = None;
         self.hold = Hold::Nobody;
     }
 
     /// A forced apply leaves the old holder co-owner of what had the same value: clear that, so that a release frees it.
     pub(super) async fn clear_other(&mut self, other: Manager, node: &NodeFacts) {
-        let nothing = NodeIntent { uid: Some(node.uid.clone()), ..NodeIntent::default() };
-        if let Err(problem) = self.cluster.apply(&nothing, other, false, 0, FIRST_LIMIT).await {
-            debug!(?problem, "cannot clear the fields of the former holder; the release does it");
+        let nothing = NodeIntent {
+            uid: Some(node.uid.clone()),
+            resource_version: Some(node.resource_version.clone()),
+            ..NodeIntent::default()
+        };
+        match self.cluster.apply(&nothing, other, false, 0, FIRST_LIMIT).await {
+            Ok(node) => self.node = Some(node),
+            Err(problem) => debug!(?problem, "cannot clear the fields of the former holder; the release does it"),
         }
     }
 
@@ -65,6 +79,10 @@ impl Termination {
             return Ok(false);
         }
         let now = self.clock.now();
+        if self.holder_look.is_some_and(|at| now < at) {
+            return Ok(false);
+        }
+        self.holder_look = Some(now.after(HOLDER_LOOK));
         if course::may_be_silent(&record, self.clock.wall()) {
             let mut watch = self.cluster.watch_pods();
             if let Ok(PodEvent::Listed(pods)) = tokio::time::timeout(REPEAT_LIMIT, watch.next()).await {
@@ -76,7 +94,6 @@ impl Termination {
                 }
             }
         }
-        self.write.not_before = Some(now.after(HOLDER_LOOK));
         Ok(false)
     }
 }

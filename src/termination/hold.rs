@@ -10,12 +10,11 @@ use tracing::{debug, error, info, warn};
 use crate::{
     cluster::{ApplyError, Class, Error as ClusterError, Manager, NodeEvent, NodeFacts, NodeIntent},
     notice::Deadline,
-    plan::Moment,
-    policy::standing::{Stage, Standing, Survivor},
+    plan::{Moment, spread},
+    policy::standing::{Stage, Standing},
     termination::{
         Error, Hold, Phase, Record, Termination,
         course::{self, Move},
-        tell::ReleaseReason,
         termination_id,
         work::Work,
     },
@@ -35,9 +34,6 @@ const REFUSALS: u32 = 6;
 /// Then the right is missing, which is looked at again this often: somebody may be granting it.
 const FORBIDDEN_WAIT: Duration = Duration::from_secs(5);
 
-/// How often a machine that may have outlived its deadline is looked at.
-const SURVIVOR_LOOK: Duration = Duration::from_secs(20);
-
 /// A drain that is still going after this long is one in which people may interfere: the Node is watched from then on.
 const NODE_WATCH_AFTER: Duration = Duration::from_secs(10);
 
@@ -45,13 +41,13 @@ const NODE_WATCH_AFTER: Duration = Duration::from_secs(10);
 #[derive(Debug, Default)]
 pub(super) struct Attempts {
     pub(super) not_before: Option<Moment>,
-    count: u32,
+    pub(super) count: u32,
     pub(super) force: bool,
     pub(super) taken_over_from: Option<Manager>,
 }
 
 impl Attempts {
-    fn limit(&self) -> Duration {
+    pub(super) fn limit(&self) -> Duration {
         if self.count == 0 { FIRST_LIMIT } else { REPEAT_LIMIT }
     }
 
@@ -60,13 +56,20 @@ impl Attempts {
         self.not_before = Some(now.after(wait));
     }
 
-    fn back_off(&mut self, now: Moment) {
+    /// The waits of many agents drift apart: an API server that comes back is not met by all of them at once.
+    pub(super) fn back_off(&mut self, now: Moment) {
         let wait = LONGEST_WAIT.min(FIRST_WAIT * 2_u32.pow(self.count.min(8)));
-        self.wait(now, wait);
+        self.wait(now, wait.mul_f64(0.75 + 0.5 * spread(&now.0)));
     }
 }
 
 impl Termination {
+    /// Lets others have a turn before the next write.
+    pub(super) fn pause_writes(&mut self) {
+        let now = self.clock.now();
+        self.write.back_off(now);
+    }
+
     /// One step towards what the notices ask for; says whether another may follow at once.
     pub(super) async fn step(&mut self) -> Result<bool, Error> {
         if self.node.is_none() {
@@ -124,6 +127,9 @@ impl Termination {
                     self.begin_work(&record, standing);
                     return Ok(true);
                 }
+                if self.is_to_keep_deadline(&record) {
+                    return self.write_record(record, standing).await;
+                }
                 Ok(false)
             }
             Move::Rewrite => {
@@ -154,6 +160,16 @@ impl Termination {
         (over && phase != record.phase).then(|| Record { phase, outcome: Some(outcome), ..record.clone() })
     }
 
+    /// A drain by grace learns its deadline from its pods. One that takes longer than a moment has it in its record, so
+    /// that it is not stretched by a restart, and others know it.
+    fn is_to_keep_deadline(&self, record: &Record) -> bool {
+        let Some(work) = &self.work else { return false };
+        record.phase == Phase::Draining
+            && record.deadline.is_none()
+            && work.deadline(&self.clock).is_some()
+            && self.clock.now() >= work.began_at().after(NODE_WATCH_AFTER)
+    }
+
     /// Writes `record`, brought up to date with the notices, as all that we want of the Node.
     async fn write_record(&mut self, mut record: Record, standing: &Standing) -> Result<bool, Error> {
         let Some(node) = self.node.clone() else { return Ok(false) };
@@ -175,13 +191,15 @@ impl Termination {
         let Attempts { force, count, .. } = self.write;
         match self.cluster.apply(&intent, Manager::Agent, force, count, self.write.limit()).await {
             Ok(node) => {
-                self.check_instance_or_release(&node).await?;
+                // What was just written is ours.
+                self.hold = Hold::Ours(record.clone());
+                self.check_instance_or_give_back(&node).await?;
+                self.node = Some(node.clone());
                 if let Some(other) = self.write.taken_over_from.take() {
                     self.clear_other(other, &node).await;
                 }
                 self.write = Attempts::default();
-                self.node = Some(node);
-                self.written(record, before, standing);
+                self.written(record, before);
                 Ok(true)
             }
             Err(problem) => self.refused(problem, standing).await,
@@ -207,21 +225,18 @@ impl Termination {
     }
 
     /// The Node carries `record` now.
-    fn written(&mut self, record: Record, before: Option<Phase>, standing: &Standing) {
+    fn written(&mut self, record: Record, before: Option<Phase>) {
         if before.is_none() {
             self.enter_span(&record);
         }
         let now = self.clock.now();
-        self.metrics.active(&record, before);
+        self.metrics.active(&record);
         self.tell_written(&record, before, now);
-        let drains = record.phase == Phase::Draining && self.work.is_none();
-        self.hold = Hold::Ours(record.clone());
-        if drains {
-            self.begin_work(&record, standing);
-        }
         if !record.phase.is_drain() {
             self.work = None;
         }
+        // The drain begins with the next step: the answer may carry a word of the Node's own that says not to.
+        self.hold = Hold::Ours(record);
     }
 
     /// What an answer other than 200 means.
@@ -231,7 +246,11 @@ impl Termination {
             // The other mode's handler wrote the record. Whether it is alive, and of this boot, its record tells.
             ApplyError::HeldBy(other) => {
                 self.metrics.conflict();
-                let Some(node) = self.read_again().await? else { return Ok(false) };
+                // The server looks at the conflict before the uid: the held Node may be another than the known one.
+                let Some((node, replaced)) = self.read_again().await? else { return Ok(false) };
+                if replaced {
+                    self.node_replaced();
+                }
                 self.meet(other, &node, standing);
                 Ok(true)
             }
@@ -248,14 +267,8 @@ impl Termination {
             }
             // The Node is gone, is another of the same name, or has changed since we read it.
             ApplyError::Stale | ApplyError::WrongUid => {
-                if self.write.count > 3 {
-                    self.write.wait(now, LONGEST_WAIT);
-                    return Ok(false);
-                }
-                self.write.count += 1;
-                let known = self.node.as_ref().map(|node| node.uid.clone());
-                let Some(node) = self.read_again().await? else { return Ok(false) };
-                if known.is_some_and(|uid| uid != node.uid) {
+                let Some((node, replaced)) = self.read_again().await? else { return Ok(false) };
+                if replaced {
                     self.node_replaced();
                 } else {
                     self.compare(&node);
@@ -269,11 +282,16 @@ impl Termination {
         }
     }
 
-    fn write_failed(&mut self, problem: &ClusterError, now: Moment) {
+    pub(super) fn write_failed(&mut self, problem: &ClusterError, now: Moment) {
         self.metrics.write_failed();
         match problem.class() {
             Class::Retry => {
-                warn!(tries = self.write.count + 1, "cannot write on the Node, trying again: {problem}");
+                let tries = self.write.count + 1;
+                if self.write.count.is_multiple_of(30) {
+                    warn!(tries, "cannot write on the Node, trying again: {problem}");
+                } else {
+                    debug!(tries, "cannot write on the Node, trying again: {problem}");
+                }
                 self.write.back_off(now);
             }
             Class::Gone => {
@@ -293,18 +311,18 @@ impl Termination {
         }
     }
 
-    /// Reads the Node anew after a write that did not fit it. `None`: it is gone, or cannot be read now.
-    async fn read_again(&mut self) -> Result<Option<NodeFacts>, Error> {
+    /// Reads the Node anew after a write that did not fit it, and says whether it is another under the same name.
+    /// `None`: it is gone, or cannot be read now.
+    pub(super) async fn read_again(&mut self) -> Result<Option<(NodeFacts, bool)>, Error> {
         match self.cluster.node(REPEAT_LIMIT).await {
             Ok(node) => {
-                self.check_instance(&node)?;
+                self.check_instance_or_give_back(&node).await?;
                 let known = self.node.replace(node.clone());
-                debug!(
-                    old = known.map(|node| node.resource_version),
-                    new = node.resource_version,
-                    "read the Node again"
-                );
-                Ok(Some(node))
+                let replaced = known.as_ref().is_some_and(|known| known.uid != node.uid);
+                self.recorder.set_node(&node.uid);
+                let old = known.map(|node| node.resource_version);
+                debug!(old, new = node.resource_version, replaced, "read the Node again");
+                Ok(Some((node, replaced)))
             }
             Err(problem) => {
                 let now = self.clock.now();
@@ -321,76 +339,30 @@ impl Termination {
             self.uncordoned = true;
             self.tell_uncordoned();
         }
-        let theirs = node.record().and_then(|text| Record::parse(text).ok()).filter(|r| r.holder != Manager::Agent);
-        if let Some(theirs) = theirs {
-            self.metrics.active_end(ours);
-            self.tell_followed(&theirs);
-            self.work = None;
-            self.hold = Hold::Theirs(theirs);
+        self.compare_holder(node);
+    }
+
+    /// Whether the record is another handler's by now.
+    pub(super) fn compare_holder(&mut self, node: &NodeFacts) {
+        if let Some(Ok(theirs)) = node.record().map(Record::parse)
+            && theirs.holder != Manager::Agent
+        {
+            self.lost_to(theirs);
         }
     }
 
-    /// Gives up our fields, under both managers: what a take-over left behind goes as well.
-    async fn release(&mut self, record: &Record) -> Result<bool, Error> {
-        let Some(node) = self.node.clone() else { return Ok(false) };
-        let annotated = self.annotation().is_some();
-        let nothing = NodeIntent { uid: Some(node.uid.clone()), ..NodeIntent::default() };
-        for manager in [Manager::Agent, Manager::Agent.other()] {
-            match self.cluster.apply(&nothing, manager, false, self.write.count, self.write.limit()).await {
-                Ok(node) => self.node = Some(node),
-                Err(problem) => return self.refused_release(problem).await,
-            }
-        }
-        let reason = if annotated { ReleaseReason::Manual } else { self.ended_by };
-        self.metrics.active_end(record);
-        self.tell_released(record, reason);
-        self.forget();
-        Ok(true)
-    }
-
-    async fn refused_release(&mut self, problem: ApplyError) -> Result<bool, Error> {
-        match problem {
-            ApplyError::Stale | ApplyError::WrongUid => {
-                self.node_replaced();
-                self.read_again().await?;
-                Ok(false)
-            }
-            ApplyError::Other(problem) => {
-                let now = self.clock.now();
-                self.write_failed(&problem, now);
-                Ok(false)
-            }
-            // An empty apply owns nothing that could be in conflict.
-            ApplyError::HeldBy(_) | ApplyError::Conflict(_) => {
-                let now = self.clock.now();
-                self.write.back_off(now);
-                Ok(false)
-            }
-        }
-    }
-
-    /// A claim that turns out to be on another machine's Node is given back before anything else happens.
-    async fn check_instance_or_release(&mut self, node: &NodeFacts) -> Result<(), Error> {
-        let checked = self.check_instance(node);
-        if checked.is_err() {
-            let nothing = NodeIntent { uid: Some(node.uid.clone()), ..NodeIntent::default() };
-            if let Err(problem) = self.cluster.apply(&nothing, Manager::Agent, false, 0, REPEAT_LIMIT).await {
-                error!(?problem, "cannot give back the claim on another machine's Node; uncordon it by hand");
-            }
-        }
-        checked
-    }
-
-    pub(super) fn node_event(&mut self, event: NodeEvent) -> Result<(), Error> {
+    pub(super) async fn node_event(&mut self, event: NodeEvent) -> Result<(), Error> {
         match event {
             NodeEvent::Deleted => {
                 info!("the Node was deleted");
                 self.node_gone();
             }
             NodeEvent::Changed(node) => {
+                // The cloud controller may come late: a claim by name alone can turn out to be on another machine's Node.
+                self.check_instance_or_give_back(&node).await?;
                 let known = self.node.as_ref();
                 if known.is_some_and(|known| known.uid != node.uid) {
-                    self.check_instance(&node)?;
+                    self.recorder.set_node(&node.uid);
                     self.node_replaced();
                 } else if known.is_some_and(|known| is_older(&node.resource_version, &known.resource_version)) {
                     return Ok(());
@@ -407,8 +379,11 @@ impl Termination {
             Hold::Ours(_) => self.compare(node),
             Hold::Theirs(_) => match node.record().map(Record::parse) {
                 Some(Ok(record)) if record.holder != Manager::Agent => self.hold = Hold::Theirs(record),
-                // Released, or not readable any more.
-                _ => self.hold = Hold::Nobody,
+                // Released, or not readable any more: what our notices ask for is ours to do, at once.
+                _ => {
+                    self.hold = Hold::Nobody;
+                    self.write = Attempts::default();
+                }
             },
             Hold::Nobody | Hold::Rehearsed(_) => {}
         }
@@ -422,29 +397,17 @@ impl Termination {
         self.health.set(Err("the Node is gone".into()));
     }
 
-    fn node_replaced(&mut self) {
-        if let Hold::Ours(record) = &self.hold {
-            self.metrics.active_end(record);
-        }
+    pub(super) fn node_replaced(&mut self) {
+        self.metrics.active_end();
         self.hold = Hold::Nobody;
         self.work = None;
         self.node_feed = None;
         self.write = Attempts::default();
     }
 
-    /// Nothing is held any more.
-    fn forget(&mut self) {
-        self.hold = Hold::Nobody;
-        self.work = None;
-        self.write = Attempts::default();
-        self.uncordoned = false;
-        self.ended_by = ReleaseReason::Expired;
-    }
-
     /// From when on the Node is watched, if at all.
-    pub(super) fn node_feed_due(&self) -> Option<Moment> {
+    pub(super) fn node_feed_due(&self, now: Moment) -> Option<Moment> {
         self.node.as_ref()?;
-        let now = self.clock.now();
         match &self.hold {
             // Something is asked for, and not done: the Node's own word is the brake. Watch for its end.
             Hold::Nobody | Hold::Rehearsed(_) => {
@@ -463,30 +426,6 @@ impl Termination {
                     Some(record.deadline.map_or(now, |deadline| self.clock.moment(deadline)))
                 }
             },
-        }
-    }
-
-    /// When a machine that should be gone is looked at next.
-    pub(super) fn next_look(&self) -> Option<Moment> {
-        let Hold::Ours(Record { phase, deadline: Some(deadline), .. }) = &self.hold else { return None };
-        let from = self.clock.moment(*deadline).after(crate::policy::OUTLIVED_AFTER.unsigned_abs());
-        phase.is_ended().then(|| from.max(self.clock.now().after(SURVIVOR_LOOK)))
-    }
-
-    /// A machine that has outlived its deadline has nothing open any more: the next move is a release.
-    fn spend_if_outlived(&mut self) {
-        let (Hold::Ours(record), Some(node)) = (&self.hold, &self.node) else { return };
-        let Some(deadline) = record.deadline.filter(|_| record.phase.is_ended()) else { return };
-        let survivor = Survivor {
-            deadline,
-            boot_then: record.boot_id.as_deref(),
-            boot_now: &node.boot_id,
-            ready_since: node.ready.as_ref().filter(|ready| ready.ready).map(|ready| ready.since),
-            all_vanished: self.notices.all_vanished(),
-        };
-        if survivor.has_outlived(self.clock.wall()) {
-            self.ended_by = ReleaseReason::Expired;
-            self.notices.spend();
         }
     }
 

@@ -180,17 +180,15 @@ impl Metrics {
         self.terminations.get_or_create(&[("kind", kind.as_str()), ("outcome", ending.as_str())]).inc();
     }
 
-    /// The record has this phase now, where it had `before`.
-    pub(super) fn active(&self, record: &Record, before: Option<Phase>) {
+    /// This record is on the Node now.
+    pub(super) fn active(&self, record: &Record) {
         // A rewrite may change the leading kind: the gauges are set, not moved.
-        if before.is_some() {
-            self.active_end(record);
-        }
+        self.active_end();
         self.active.get_or_create(&[("kind", record.leading_kind().as_str()), ("phase", record.phase.as_str())]).set(1);
     }
 
     /// Nothing of this is on record any more. A process has one node's record at most.
-    pub(super) fn active_end(&self, _record: &Record) {
+    pub(super) fn active_end(&self) {
         for labels in by_kind("phase", &Phase::ALL.map(Phase::as_str)) {
             self.active.get_or_create(&labels).set(0);
         }

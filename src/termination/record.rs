@@ -59,6 +59,11 @@ impl Phase {
         !matches!(self, Self::Scheduled)
     }
 
+    /// Whether everything that was to be done is done, and only the machine's end is awaited.
+    pub const fn is_settled(self) -> bool {
+        matches!(self, Self::Watching | Self::Drained | Self::Incomplete)
+    }
+
     /// Whether pods move or have moved: load balancers are told then.
     pub const fn is_drain(self) -> bool {
         matches!(self, Self::Draining | Self::Drained | Self::Incomplete)

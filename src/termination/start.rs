@@ -7,7 +7,7 @@ use tracing::{error, info, warn};
 
 use crate::{
     cluster::{Error as ClusterError, Manager, NodeFacts},
-    notice::InstanceId,
+    notice::{InstanceId, Withdrawal},
     plan::Moment,
     termination::{Error, Hold, Phase, Record, Termination, course},
 };
@@ -85,6 +85,10 @@ impl Termination {
         self.start = Lookup::default();
         self.recorder.set_node(&node.uid);
         self.resume(&node);
+        // What was noticed before the Node was known could not be held against it.
+        for (notice, refusal) in self.notices.review(node.ready_since(), self.clock.wall()) {
+            self.tell_refused(&notice, &refusal);
+        }
         self.node = Some(node);
         Ok(())
     }
@@ -119,10 +123,6 @@ impl Termination {
     /// Goes on with a termination of a former process.
     fn resume(&mut self, node: &NodeFacts) {
         let Some(annotation) = node.record() else { return };
-        if self.settings.dry_run {
-            // It belongs to a process that works, beside which this one only says what it would do.
-            return;
-        }
         let mut record = match Record::parse(annotation) {
             Ok(record) => record,
             Err(problem) => {
@@ -133,17 +133,24 @@ impl Termination {
         if record.holder != Manager::Agent {
             return;
         }
-        for notice in &record.notices {
-            self.notices.remember(notice.clone());
+        if self.settings.dry_run {
+            // It belongs to a process that works, beside which this one only says what it would do.
+            info!(id = record.id, phase = record.phase.as_str(), "dry run: would go on from the record on the Node");
+            return;
         }
-        if record.phase == Phase::Draining && course::is_over(&record, &node.boot_id, self.clock.wall()) {
+        let vanished: Vec<_> = record.notices.iter().filter_map(|n| self.notices.remember(n.clone())).collect();
+        let ready_since = node.ready_since();
+        if record.phase == Phase::Draining && course::is_over(&record, &node.boot_id, ready_since, self.clock.wall()) {
             record.phase = Phase::Incomplete;
         }
         self.uncordoned = record.phase.is_cordoned() && !node.unschedulable;
         self.enter_span(&record);
         self.seen_at = Some(self.clock.now());
-        self.metrics.active(&record, None);
+        self.metrics.active(&record);
         self.span.in_scope(|| info!(phase = record.phase.as_str(), "resumed from the record on the Node"));
         self.hold = Hold::Ours(record);
+        for notice in vanished {
+            self.withdrawn(&notice, Withdrawal::Vanished);
+        }
     }
 }

@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 
 use jiff::Timestamp;
-use tracing::{error, info, info_span, warn};
+use tracing::{info, info_span, warn};
 
 use crate::{
-    cluster::{About, EventNote, Manager, PodRef},
+    cluster::{About, EventNote, Manager, NodeFacts, PodRef},
     notice::{Kind, Notice, Report, Withdrawal},
     plan::{
         Moment,
@@ -102,23 +102,14 @@ impl Termination {
 
     fn noticed(&mut self, notice: Notice) {
         let now = self.clock.wall();
-        let ready_since = self
-            .node
-            .as_ref()
-            .and_then(|node| node.ready.as_ref())
-            .filter(|ready| ready.ready)
-            .map(|ready| ready.since);
+        let ready_since = self.node.as_ref().and_then(NodeFacts::ready_since);
         let (kind, id, detail) = (notice.kind, notice.id.clone(), notice.detail.clone());
         let deadline = notice.deadline.at();
         let age = now.duration_since(notice.noticed_at).as_secs_f64().max(0.0);
         let change = self.notices.see(notice.clone(), ready_since, now);
         match change {
             Change::Same => return,
-            Change::Refused(refusal) => {
-                self.metrics.dropped(kind, Dropped::Filtered);
-                warn!(%kind, %id, detail, "notice not acted on: {}", refusal_text(&refusal));
-                return;
-            }
+            Change::Refused(refusal) => return self.tell_refused(&notice, &refusal),
             Change::New | Change::Updated => {}
         }
         let response = self.response_to(&notice);
@@ -138,12 +129,18 @@ impl Termination {
         self.node_event_note(false, merged, format!("{kind} ({detail}), deadline {deadline_text}"));
     }
 
+    pub(super) fn tell_refused(&self, notice: &Notice, refusal: &Refusal) {
+        let Notice { kind, id, detail, .. } = notice;
+        self.metrics.dropped(*kind, Dropped::Filtered);
+        warn!(%kind, %id, detail, "notice not acted on: {}", refusal_text(refusal));
+    }
+
     fn response_to(&mut self, notice: &Notice) -> Response {
         let annotation = self.annotation();
         self.notices.policy_mut().decide(notice, annotation).response
     }
 
-    fn withdrawn(&mut self, notice: &Notice, why: Withdrawal) {
+    pub(super) fn withdrawn(&mut self, notice: &Notice, why: Withdrawal) {
         info!(kind = %notice.kind, id = %notice.id, ?why, "notice withdrawn");
         self.ended_by = ReleaseReason::Cancelled;
         if notice.kind == Kind::ScheduledMaintenance {
@@ -171,7 +168,7 @@ impl Termination {
     }
 
     pub(super) fn enter_span(&mut self, record: &Record) {
-        let node = self.node.as_ref().map_or("", |node| node.name.as_str());
+        let node = self.cluster.node_name();
         let kind = record.leading_kind();
         self.span = info_span!("termination", id = record.id, node, instance = %self.instance, %kind);
     }
@@ -322,9 +319,10 @@ impl Termination {
         self.span.in_scope(|| warn!("somebody uncordoned the Node; it is not cordoned again for this notice"));
     }
 
+    /// The log has it as the reason why the process ends.
     pub(super) fn tell_wrong_instance(&mut self, problem: &Error) {
-        error!("{problem}");
         self.node_event_note(true, "WrongInstance", problem.to_string());
+        self.announce();
     }
 
     pub(super) fn tell_stop(&self) {

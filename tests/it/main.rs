@@ -8,6 +8,7 @@
 mod admin;
 mod agent;
 mod agent_drain;
+mod agent_hold;
 mod architecture;
 mod cluster_client;
 mod config;

@@ -25,6 +25,8 @@
 // Not every test binary that shares this module uses all of it.
 #![allow(dead_code)]
 
+#[path = "support/agent.rs"]
+pub mod agent;
 #[path = "support/audit.rs"]
 pub mod audit;
 #[path = "support/bare.rs"]

@@ -202,9 +202,6 @@ impl Pod {
 
     /// Between 0 and 1.
     pub(super) fn spread(&self) -> f64 {
-        use std::hash::{DefaultHasher, Hash, Hasher};
-        let mut hasher = DefaultHasher::new();
-        (&self.facts.uid, self.tries).hash(&mut hasher);
-        (hasher.finish() % 1024) as f64 / 1024.0
+        crate::plan::spread(&(&self.facts.uid, self.tries))
     }
 }
