@@ -28,10 +28,9 @@ pub(super) const REPEAT_LIMIT: Duration = Duration::from_secs(3);
 const FIRST_WAIT: Duration = Duration::from_millis(50);
 const LONGEST_WAIT: Duration = Duration::from_secs(1);
 
-/// An API server that has just started refuses for a moment what it allows afterwards: so many refusals are answered
-/// with a short wait.
+/// An API server that has just started refuses what it allows a moment later: so many refusals are asked again soon.
 const REFUSALS: u32 = 6;
-/// Then the right is missing, which is looked at again this often: somebody may be granting it.
+/// A missing right is looked at again this often: somebody may be granting it.
 const FORBIDDEN_WAIT: Duration = Duration::from_secs(5);
 
 /// A drain that is still going after this long is one in which people may interfere: the Node is watched from then on.
@@ -302,11 +301,8 @@ impl Termination {
                 if self.write.count.is_multiple_of(6) {
                     error!("cannot write on the Node: {problem}");
                 }
-                if self.write.count < REFUSALS {
-                    self.write.back_off(now);
-                } else {
-                    self.write.wait(now, FORBIDDEN_WAIT);
-                }
+                let soon = FIRST_WAIT * 2_u32.pow(self.write.count.min(REFUSALS));
+                self.write.wait(now, if self.write.count < REFUSALS { soon } else { FORBIDDEN_WAIT });
             }
         }
     }

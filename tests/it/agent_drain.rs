@@ -12,7 +12,7 @@ use std::{collections::BTreeMap, time::Duration};
 use serde_json::json;
 use spotter::rehearsal::imds::Fault;
 
-use crate::support::{controlplane::shared, eventually, fleet::NewPod, process::http};
+use crate::support::{audit::Request, controlplane::shared, eventually, fleet::NewPod, process::http};
 use stage::{PATIENCE, Stage, assert_well};
 
 #[tokio::test]
@@ -41,7 +41,9 @@ async fn f20_f26_f27_a_full_node_costs_113_requests_and_every_number_is_true() {
         assert!(stop.graces.len() == 1 && stop.grace() <= own.min(118).try_into().unwrap(), "{stop:?}");
     }
 
-    let asked = stage.asked().await;
+    // A busy server ends a watch that it cannot feed fast enough; such a one goes on where it was, and lists nothing.
+    let goes_on = |r: &Request| r.verb == "watch" && !r.uri.contains("sendInitialEvents");
+    let asked = stage.asked().await.only(|request| !goes_on(request));
     let expected: BTreeMap<_, _> =
         [("get nodes", 1), ("patch nodes", 2), ("watch pods", 1), ("create pods/eviction", 110)].into();
     assert_eq!(asked.summary(), expected.into_iter().map(|(name, count)| (name.to_owned(), count)).collect());

@@ -22,6 +22,8 @@ const LOST_RETRY: Duration = Duration::from_millis(100);
 const LOST_RETRY_MOST: Duration = Duration::from_secs(2);
 /// The API server's own Retry-After when it throttles, where the answer does not carry it.
 const THROTTLED_RETRY: Duration = Duration::from_secs(1);
+/// How far the API server's own cache of pods is behind, at most and by far.
+const CACHE_LAG: Duration = Duration::from_secs(5);
 
 const DELETE_RETRY_MOST: Duration = Duration::from_secs(1);
 
@@ -87,6 +89,10 @@ impl Drain {
                 effects.extend(self.pods[index].tell_deletion());
                 self.accepted(index, grace, sent_at, now);
             }
+            Answer::Gone if self.may_be_too_new(index, now) => {
+                let wait = self.pods[index].back_off(LOST_RETRY, LOST_RETRY_MOST);
+                self.pods[index].set_back(now.after(wait), grace, before);
+            }
             Answer::Gone | Answer::Replaced => self.gone(index, now, effects),
             other => {
                 if !matches!(other, Answer::Unknown { .. }) {
@@ -102,6 +108,12 @@ impl Drain {
                 self.tell(index, setback.why, now, effects);
             }
         }
+    }
+
+    /// For a node's own requests the API server looks into a cache of pods first, which may not know a pod yet that we
+    /// were already shown: its 404 is then no news, and the watch tells what is true.
+    fn may_be_too_new(&self, index: usize, now: Moment) -> bool {
+        now.since(self.pods[index].seen_at) < CACHE_LAG
     }
 
     fn accepted_at(&mut self, now: Moment) {

@@ -53,6 +53,8 @@ pub(super) struct Pod {
     pub(super) facts: PodFacts,
     pub(super) tier: Tier,
     pub(super) state: State,
+    /// When it was first seen.
+    pub(super) seen_at: Moment,
     /// Requests that were answered without effect, for the back-off.
     pub(super) tries: u32,
     /// Why it cannot be evicted now.
@@ -81,6 +83,7 @@ impl Pod {
             facts,
             tier: tier.unwrap_or(Tier::Normal),
             state,
+            seen_at: now,
             tries: 0,
             blocked: None,
             told: Vec::new(),

@@ -161,7 +161,7 @@ fn a_soft_deadline_leaves_what_a_budget_protects_and_sends_no_grace() {
     assert_eq!(requests(&effects), ["evict a own", "evict b own"]);
     assert_eq!(drain.limit(), Limit::Soft(s(100)), "the longest grace and a minute");
     answer(&mut drain, "a", Ask::Evict, budget(), s(0));
-    answer(&mut drain, "b", Ask::Evict, Answer::Gone, s(0));
+    answer(&mut drain, "b", Ask::Evict, Answer::Replaced, s(0));
     while let Some(wake) = drain.next_wake() {
         if requests(&drain.step(Input::Tick, wake)) == ["evict a own"] {
             answer(&mut drain, "a", Ask::Evict, budget(), wake);
@@ -263,6 +263,19 @@ fn what_is_left_at_the_end_is_named() {
     assert_eq!(drain.left(), ["shop/a", "shop/b"]);
     drain.step(Input::Gone(uid("a")), s(119));
     assert_eq!(drain.left(), ["shop/b"], "told as it is, also after the end");
+}
+
+/// Seen on Kubernetes 1.37: a pod that was bound late was answered with 404 while it was there.
+#[test]
+fn a_pod_that_was_just_seen_is_not_gone_because_of_a_404() {
+    let mut drain = hard(120);
+    drain.step(Input::Listed(Vec::new()), s(0));
+    drain.step(Input::Seen(pod("late")), s(10));
+    assert!(news(&answer(&mut drain, "late", Ask::Evict, Answer::Gone, s(10))).is_empty());
+    assert!(!drain.is_finished());
+    assert_eq!(requests(&drain.step(Input::Tick, s(11))), ["evict late 30"]);
+    answer(&mut drain, "late", Ask::Evict, Answer::Gone, s(15));
+    assert!(drain.is_finished(), "after a while it is believed, for where the watch is broken");
 }
 
 /// A pod of the random world.

