@@ -232,7 +232,11 @@ impl Drain {
 
     /// The names of the pods that were left.
     pub fn left(&self) -> Vec<String> {
-        self.pods.iter().filter(|pod| pod.state == State::Left).map(|pod| pod.facts.full_name()).collect()
+        self.pods
+            .iter()
+            .filter(|pod| matches!(pod.state, State::Left { .. }))
+            .map(|pod| pod.facts.full_name())
+            .collect()
     }
 
     /// Whether this pod is known, and not ready.
@@ -250,7 +254,7 @@ impl Drain {
                     continue;
                 }
                 State::Gone => progress.gone += 1,
-                State::Left => progress.left += 1,
+                State::Left { .. } => progress.left += 1,
                 State::Terminating { .. } => progress.terminating += 1,
                 State::Due { .. } | State::Asked { .. } => progress.blocked += usize::from(pod.blocked.is_some()),
             }

@@ -30,8 +30,10 @@ pub(super) enum State {
         retry_at: Option<Moment>,
     },
     Gone,
-    /// The time was up.
-    Left,
+    /// The time was up. `stopping`: it had been asked to stop by then, until when and with which grace.
+    Left {
+        stopping: Option<(Moment, Option<u32>)>,
+    },
 }
 
 /// What a pod under request was before, for when the request comes to nothing.
@@ -44,7 +46,7 @@ pub(super) enum Before {
 impl State {
     /// Nothing is expected to happen to it any more.
     pub(super) fn is_settled(&self) -> bool {
-        matches!(self, Self::Skipped | Self::Gone | Self::Left)
+        matches!(self, Self::Skipped | Self::Gone | Self::Left { .. })
     }
 }
 
@@ -158,9 +160,9 @@ impl Pod {
     /// A new deadline: what was left is tried again, what waited is asked again soon.
     pub(super) fn limit_changed(&mut self, now: Moment) {
         match self.state {
-            State::Left => {
-                self.state = match self.facts.terminating_until {
-                    Some(until) => State::Terminating { until, asked: None, retry_at: None },
+            State::Left { stopping } => {
+                self.state = match stopping.or(self.facts.terminating_until.map(|until| (until, None))) {
+                    Some((until, asked)) => State::Terminating { until, asked, retry_at: None },
                     None => State::Due { at: now },
                 };
             }
@@ -184,7 +186,12 @@ impl Pod {
             (_, Some(why)) => format!("{}: {}", why.as_str(), self.last_message),
             _ => "the API server gave no answer in time".to_owned(),
         };
-        self.state = State::Left;
+        let stopping = match self.state {
+            State::Terminating { until, asked, .. } => Some((until, asked)),
+            State::Asked { before: Before::Terminating { until, asked }, .. } => Some((until, asked)),
+            _ => None,
+        };
+        self.state = State::Left { stopping };
         self.note(News::Left { message })
     }
 

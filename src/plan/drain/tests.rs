@@ -254,6 +254,18 @@ fn a_missing_right_is_told_once_and_does_not_stop_the_others() {
 }
 
 #[test]
+fn a_pod_that_was_left_while_stopping_is_not_asked_again_unless_it_would_outlast_the_power() {
+    let mut drain = Drain::new(settings(), Limit::Soft(s(60)), s(0));
+    drain.step(Input::Listed(vec![graceful("short", 70), graceful("long", 600)]), s(0));
+    for name in ["short", "long"] {
+        answer(&mut drain, name, Ask::Evict, Answer::Accepted, s(0));
+    }
+    drain.step(Input::Tick, s(60));
+    assert_eq!(drain.left().len(), 2);
+    assert_eq!(requests(&drain.step(Input::Deadline(Limit::Hard(s(180))), s(60))), ["evict long 118"]);
+}
+
+#[test]
 fn what_is_left_at_the_end_is_named() {
     let mut drain = hard(120);
     drain.step(Input::Listed(vec![pod("a"), pod("b")]), s(0));
