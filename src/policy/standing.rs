@@ -96,18 +96,19 @@ impl Notices {
         }
     }
 
-    /// Judges anew what was seen before the Node was known, and drops what is not to be acted on.
+    /// Judges anew what was seen before the Node was known, and drops what is not to be acted on. To be called before
+    /// the Node's record is remembered: what that names was admitted once, and ends by other rules.
     pub fn review(&mut self, ready_since: Option<Timestamp>, now: Timestamp) -> Vec<(Notice, Refusal)> {
-        let mut refused = Vec::new();
-        self.entries.retain(|_, entry| match self.policy.admit(&entry.notice, ready_since, now) {
-            // What a record remembers was admitted once, and ends by other rules.
+        let mut dropped = Vec::new();
+        self.entries.retain(|id, entry| match self.policy.admit(&entry.notice, ready_since, now) {
             Err(refusal) if !entry.remembered => {
-                refused.push((entry.notice.clone(), refusal));
+                self.refused.insert(id.clone(), entry.notice.clone());
+                dropped.push((entry.notice.clone(), refusal));
                 false
             }
             _ => true,
         });
-        refused
+        dropped
     }
 
     /// Takes in a notice from a record. A source will repeat it, or [`Notices::synced`] will tell that it did not.
@@ -394,6 +395,8 @@ mod tests {
         let refused = notices.review(Some(at(60)), at(400));
         assert_eq!(refused, [(maintenance("e-1", "system-reboot", 0), Refusal::Outlived)]);
         assert_eq!(notices.list().len(), 2);
+        notices.synced(Kind::ScheduledMaintenance);
+        assert_eq!(notices.remember(maintenance("e-1", "system-reboot", 0)), None, "listed: what was done stands");
     }
 
     #[test]

@@ -84,11 +84,11 @@ impl Termination {
         self.health.set(Ok(()));
         self.start = Lookup::default();
         self.recorder.set_node(&node.uid);
-        self.resume(&node);
         // What was noticed before the Node was known could not be held against it.
         for (notice, refusal) in self.notices.review(node.ready_since(), self.clock.wall()) {
             self.tell_refused(&notice, &refusal);
         }
+        self.resume(&node);
         self.node = Some(node);
         Ok(())
     }

@@ -6,13 +6,13 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout, unreachable_pub)]
 
 mod admin;
-mod agent;
 mod agent_drain;
 mod agent_hold;
 mod architecture;
 mod cluster_client;
 mod config;
 mod controlplane;
+mod field_mock;
 mod imds_source;
 mod mock_imds;
 mod readme;
