@@ -112,6 +112,8 @@ async fn notice_to_cordon(cp: &ControlPlane, program: &Program, trials: usize) {
 struct Drain {
     /// The claim came, and was answered.
     claim: Duration,
+    /// The claim came, and the pods were asked for.
+    listed: Duration,
     /// The claim came, and the first eviction came.
     first: Duration,
     /// The claim came, and the last eviction came.
@@ -128,8 +130,10 @@ impl Drain {
         let (first, sent) = (evictions.first().expect("there are pods"), evictions.last().expect("there are pods"));
         let last = evictions.iter().map(|r| r.answered).max().expect("there are pods");
         let after = |at| span(claim.received, at);
+        let list = requests.iter().find(|r| r.resource == "pods").expect("a list or a watch");
         Self {
             claim: after(claim.answered),
+            listed: after(list.received),
             first: after(first.received),
             sent: after(sent.received),
             all: after(last),
@@ -140,16 +144,17 @@ impl Drain {
 /// Spotter and the bare client in turn, each on a node of its own.
 async fn claim_to_last_eviction(cp: &ControlPlane, program: &Program, runs: usize, pods: usize) {
     section(&format!("claim -> last of {pods} evictions accepted, {runs} runs each in turn"));
-    let (mut ours, mut bare, mut seen) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut ours, mut bare, mut seen, mut used) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let mut requests = BTreeMap::new();
     for run in 0..runs {
         // Who comes first changes, so that neither has the warmer server.
         for spotter in [run % 2 == 0, run % 2 != 0] {
             if spotter {
-                let (drain, readable, sent) = drain_with_spotter(cp, program, run, pods).await;
-                seen.push(readable);
-                ours.push(drain);
-                requests = sent;
+                let end = drain_with_spotter(cp, program, run, pods).await;
+                ours.push(end.drain);
+                seen.push(end.since_readable);
+                used.push(end.cpu);
+                requests = end.requests;
             } else {
                 bare.push(drain_with_bare_client(cp, run, pods).await);
             }
@@ -167,8 +172,9 @@ async fn claim_to_last_eviction(cp: &ControlPlane, program: &Program, runs: usiz
     row("bare client: worst", &ms(reference.worst()), "");
     let ratio = all.median().as_secs_f64() / reference.median().as_secs_f64();
     row("ratio of the medians", &format!("{ratio:.2}"), "");
-    let stages: [(&str, fn(&Drain) -> Duration); 3] = [
+    let stages: [(&str, fn(&Drain) -> Duration); 4] = [
         ("claim answered", |drain| drain.claim),
+        ("list received", |drain| drain.listed),
         ("first eviction received", |drain| drain.first),
         ("last eviction received", |drain| drain.sent),
     ];
@@ -176,6 +182,7 @@ async fn claim_to_last_eviction(cp: &ControlPlane, program: &Program, runs: usiz
         let (ours, bare) = (sample(&ours, what).median(), sample(&bare, what).median());
         row(&format!("median until {name}"), &ms(ours), &format!("bare client {}", ms(bare)));
     }
+    row("spotter: CPU of a drain, median", &ms(Sample::new(used).median()), "");
     let seen = Sample::new(seen);
     row("notice just after a poll -> last, median", &ms(seen.median()), "");
     row(
@@ -191,23 +198,35 @@ async fn claim_to_last_eviction(cp: &ControlPlane, program: &Program, runs: usiz
     row("  all without events", &counted.to_string(), &format!("{} or {}", pods + 3, pods + 4));
 }
 
-async fn drain_with_spotter(
-    cp: &ControlPlane,
-    program: &Program,
-    run: usize,
-    pods: usize,
-) -> (Drain, Duration, BTreeMap<String, usize>) {
+/// What a drain by spotter was like.
+struct Ended {
+    drain: Drain,
+    /// The notice could be read, and the last eviction was accepted.
+    since_readable: Duration,
+    /// From the notice to the last pod's end.
+    cpu: Duration,
+    requests: BTreeMap<String, usize>,
+}
+
+async fn drain_with_spotter(cp: &ControlPlane, program: &Program, run: usize, pods: usize) -> Ended {
     let stage = Stage::new(cp, &format!("drain-{run}"), pods).await;
     let (control, running) = stage.start(program, &[]).await;
     next_poll(&control).await;
     let before = stage.requests(cp).await.len();
+    let used = cpu(&running);
     let readable = stage.interrupt(&control);
     running.wait_for_line("termination finished", Duration::from_secs(60)).await;
+    let used = cpu(&running) - used;
     let mut requests = stage.requests(cp).await;
     let first = requests[before..].first().expect("a claim").received;
     requests = requests.only(|r| r.received >= first);
     let last = requests.of("create", "pods/eviction").iter().map(|r| r.answered).max().expect("evictions");
-    (Drain::of(&requests, pods), span(readable, last), requests.summary())
+    Ended {
+        drain: Drain::of(&requests, pods),
+        since_readable: span(readable, last),
+        cpu: used,
+        requests: requests.summary(),
+    }
 }
 
 /// With the agent's rights, and as its node too.
