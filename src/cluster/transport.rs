@@ -82,15 +82,15 @@ pub(super) fn client(config: &Config) -> Result<(kube::Client, Ahead), Error> {
     let connections = Connections::new(config)?;
     let ahead = Ahead {
         server: config.cluster_url.clone(),
-        connectors: connections.ahead.clone(),
-        http1: connections.http1.clone(),
+        connectors: connections.0.ahead.clone(),
+        http1: connections.0.http1.clone(),
     };
     let service = ServiceBuilder::new()
         .layer(config.base_uri_layer())
         .option_layer(config.auth_layer().map_err(fault)?)
         .layer(config.extra_headers_layer().map_err(fault)?)
         .map_err(BoxError::from)
-        .layer(RetryLayer::new(Repeat::new(connections.http1.clone())))
+        .layer(RetryLayer::new(Repeat::new(connections.0.http1.clone())))
         .service(connections);
     Ok((kube::Client::new(service, config.default_namespace.clone()), ahead))
 }
@@ -111,18 +111,20 @@ impl Ahead {
     }
 }
 
-/// Picks the connection for each request.
+/// Picks the connection for each request. Small, because each request holds several clones of it while it is under way.
 #[derive(Clone)]
-struct Connections {
+struct Connections(Arc<Lanes>);
+
+struct Lanes {
     control: Http,
-    evictions: Arc<[Http]>,
+    evictions: Vec<Http>,
     watches: Http,
     plain: Http,
     /// Of the evictions and the watches.
     ahead: Arc<[Connector]>,
     /// Set once it is known that the server does not speak HTTP/2.
     http1: Arc<AtomicBool>,
-    next: Arc<AtomicUsize>,
+    next: AtomicUsize,
 }
 
 impl Connections {
@@ -149,7 +151,7 @@ impl Connections {
         let (for_evictions, for_watches) = ahead.split_at(EVICTION_CONNECTIONS);
         // Without TLS there is no negotiation: nobody serves HTTP/2 in the clear to a client that did not ask.
         let clear = config.cluster_url.scheme_str() == Some("http");
-        Ok(Self {
+        let lanes = Lanes {
             control: multiplexed(&h2, PING_IDLE, true, None),
             evictions: for_evictions.iter().map(bulk).collect(),
             watches: bulk(for_watches.first().unwrap_or(&h2)),
@@ -159,10 +161,13 @@ impl Connections {
                 .build(h1),
             http1: Arc::new(AtomicBool::new(clear)),
             ahead: ahead.clone(),
-            next: Arc::default(),
-        })
+            next: AtomicUsize::default(),
+        };
+        Ok(Self(Arc::new(lanes)))
     }
+}
 
+impl Lanes {
     fn pick(&self, lane: Lane) -> &Http {
         if self.http1.load(Ordering::Relaxed) {
             return &self.plain;
@@ -191,7 +196,7 @@ impl Service<Request<Body>> for Connections {
     /// does not poll for a while (a watch, while the claim is awaited) would hold up the others.
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let lane = request.extensions().get::<Lane>().copied().unwrap_or(Lane::Control);
-        let task = AbortOnDropHandle::new(tokio::spawn(self.pick(lane).request(request)));
+        let task = AbortOnDropHandle::new(tokio::spawn(self.0.pick(lane).request(request)));
         Box::pin(async move {
             match task.await.map_err(JoinError::try_into_panic) {
                 Ok(answer) => answer,
