@@ -20,7 +20,7 @@ use std::{
     collections::BTreeMap,
     net::SocketAddr,
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use jiff::{SignedDuration, Timestamp};
@@ -30,7 +30,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use support::{
     audit::Requests,
     bare,
-    controlplane::{ControlPlane, shared},
+    controlplane::{ControlPlane, Options, available},
     fleet::{NewPod, TestNode, World},
     keeper::free_port,
     kubelet::Kubelet,
@@ -59,13 +59,19 @@ async fn main() {
     let unknown = parts.iter().find(|part| !PARTS.contains(&part.as_str()));
     assert!(unknown.is_none(), "{unknown:?} is none of --quick, {}", PARTS.join(", "));
     let wanted = |part: &str| parts.is_empty() || parts.iter().any(|name| *name == part);
-    let Some(cp) = shared() else { return };
+    if !available() {
+        return;
+    }
+    // Elsewhere the controllers do not share the API server's cores, nor the agent's.
+    let cp = &ControlPlane::start(Options { without_controllers: true, ..Options::default() });
     let (notices, runs) = if quick { (5, 3) } else { (30, 20) };
     let (notices, runs, pods) = (number("NOTICES", notices), number("RUNS", runs), number("PODS", 110));
     let program = Program::find();
     table::machine();
     println!("measured: {program}");
-    println!("kube-apiserver with its default limits, the agent as its own node with a ServiceAccount's bound token");
+    println!(
+        "kube-apiserver and etcd on the same cores, with default limits; the agent as its own node with a ServiceAccount's bound token"
+    );
 
     if wanted("cordon") {
         notice_to_cordon(cp, &program, notices).await;
@@ -141,6 +147,9 @@ impl Drain {
     }
 }
 
+/// One of the times of a drain.
+type Measure = fn(&Drain) -> Duration;
+
 /// Spotter and the bare client in turn, each on a node of its own.
 async fn claim_to_last_eviction(cp: &ControlPlane, program: &Program, runs: usize, pods: usize) {
     section(&format!("claim -> last of {pods} evictions accepted, {runs} runs each in turn"));
@@ -160,7 +169,7 @@ async fn claim_to_last_eviction(cp: &ControlPlane, program: &Program, runs: usiz
             }
         }
     }
-    let sample = |drains: &[Drain], what: fn(&Drain) -> Duration| Sample::new(drains.iter().map(what).collect());
+    let sample = |drains: &[Drain], what: Measure| Sample::new(drains.iter().map(what).collect());
     let (limit, worst) = (Duration::from_millis(200), Duration::from_millis(250));
     let all = sample(&ours, |drain| drain.all);
     let reference = sample(&bare, |drain| drain.all);
@@ -172,7 +181,7 @@ async fn claim_to_last_eviction(cp: &ControlPlane, program: &Program, runs: usiz
     row("bare client: worst", &ms(reference.worst()), "");
     let ratio = all.median().as_secs_f64() / reference.median().as_secs_f64();
     row("ratio of the medians", &format!("{ratio:.2}"), "");
-    let stages: [(&str, fn(&Drain) -> Duration); 4] = [
+    let stages: [(&str, Measure); 4] = [
         ("claim answered", |drain| drain.claim),
         ("list received", |drain| drain.listed),
         ("first eviction received", |drain| drain.first),
@@ -362,7 +371,7 @@ struct Program {
     path: PathBuf,
     size: u64,
     what: &'static str,
-    /// The sources were built again since.
+    /// The sources have changed since it was built.
     old: bool,
 }
 
@@ -383,8 +392,10 @@ impl Program {
             }
         };
         let about = |path: &Path| path.metadata().unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        let changed = |path: &Path| about(path).modified().expect("a time");
-        Self { size: about(&path).len(), old: changed(&path) < changed(built), what, path }
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let changed = ["src", "Cargo.toml", "Cargo.lock"].map(|name| last_change(&root.join(name))).into_iter().max();
+        let old = about(&path).modified().ok() < changed;
+        Self { size: about(&path).len(), old, what, path }
     }
 }
 
@@ -392,8 +403,15 @@ impl std::fmt::Display for Program {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let short = self.path.strip_prefix(env!("CARGO_MANIFEST_DIR")).unwrap_or(&self.path);
         write!(f, "{} ({})", short.display(), self.what)?;
-        if self.old { f.write_str("; OLDER than the release build beside it: build it again") } else { Ok(()) }
+        if self.old { f.write_str("; OLDER than the sources: build it again") } else { Ok(()) }
     }
+}
+
+/// When a file, or anything below a directory, was last changed.
+fn last_change(path: &Path) -> SystemTime {
+    let below = std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| last_change(&entry.path()));
+    let own = path.metadata().and_then(|about| about.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
+    below.fold(own, SystemTime::max)
 }
 
 /// The CPU time of all its threads. The scheduler's own account is exact; that in `stat` comes in steps of 10 ms.
