@@ -210,6 +210,7 @@ struct Inner {
     /// For messages.
     server: String,
     client: kube::Client,
+    ahead: transport::Ahead,
     /// Sent with every request in each identity.
     as_node: Vec<(HeaderName, HeaderValue)>,
     as_itself: Vec<(HeaderName, HeaderValue)>,
@@ -249,8 +250,10 @@ impl Cluster {
         let as_itself = access::take_impersonation(&mut config)?;
         let token = TokenFile::take(&mut config)?;
         let as_node = access::impersonate(&format!("system:node:{node}"))?;
+        let (client, ahead) = transport::client(&config)?;
         let inner = Inner {
-            client: transport::client(&config)?,
+            client,
+            ahead,
             server: config.cluster_url.to_string().trim_end_matches('/').to_owned(),
             node,
             choice,
@@ -280,6 +283,12 @@ impl Cluster {
     /// As whom requests are sent now.
     pub fn identity(&self) -> Identity {
         if self.0.direct.load(Ordering::Relaxed) { Identity::Direct } else { Identity::Node }
+    }
+
+    /// Says that a claim is about to be followed by a list of the pods and their evictions: their connections are opened
+    /// meanwhile. Sends no request, and does not wait.
+    pub fn expect_drain(&self) {
+        self.0.ahead.open();
     }
 
     /// Reads the own Node and finds out, on the way, as whom to act.

@@ -16,7 +16,7 @@ use kube::core::{Request, params::PostParams};
 use serde_json::{Value, json};
 use tokio::{
     sync::{Mutex, mpsc},
-    time::{Instant, timeout_at},
+    time::{Instant, sleep_until, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
@@ -28,6 +28,9 @@ const QUEUE: usize = 1_000;
 /// Requests at a time: events share a connection with the watches.
 const IN_FLIGHT: usize = 4;
 const LIMIT: Duration = Duration::from_secs(5);
+/// How long the first events after a silence wait. They come with a claim, when the API server is to have time for the
+/// list and the evictions, which are accepted within a quarter of a second.
+const BEHIND: Duration = Duration::from_millis(500);
 /// How long the queued events of a stopping process are worth.
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
 /// The API server refuses longer ones.
@@ -109,12 +112,18 @@ impl Recorder {
         let mut waiting = self.0.waiting.lock().await;
         let mut said = BTreeSet::new();
         let mut sending = FuturesUnordered::new();
+        let mut begin = Instant::now();
         loop {
             tokio::select! {
                 biased;
                 Some(result) = sending.next(), if !sending.is_empty() => report(&mut said, result),
                 () = cancel.cancelled() => break,
-                Some((note, at)) = waiting.recv(), if sending.len() < IN_FLIGHT => sending.push(self.send(note, at)),
+                Some((note, at)) = waiting.recv(), if sending.len() < IN_FLIGHT => {
+                    if sending.is_empty() {
+                        begin = Instant::now() + BEHIND;
+                    }
+                    sending.push(self.send(note, at, begin));
+                }
             }
         }
         let until = Instant::now() + DRAIN_LIMIT;
@@ -123,7 +132,7 @@ impl Recorder {
                 while sending.len() < IN_FLIGHT
                     && let Ok((note, at)) = waiting.try_recv()
                 {
-                    sending.push(self.send(note, at));
+                    sending.push(self.send(note, at, begin));
                 }
                 let Some(result) = sending.next().await else { break };
                 report(&mut said, result);
@@ -134,7 +143,8 @@ impl Recorder {
         }
     }
 
-    async fn send(&self, note: EventNote, at: Timestamp) -> Result<(), Error> {
+    async fn send(&self, note: EventNote, at: Timestamp, not_before: Instant) -> Result<(), Error> {
+        sleep_until(not_before).await;
         let cluster = &self.0.cluster;
         let node_uid = self.0.node_uid.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let (namespace, body) = event(note, at, &cluster.0.node, &node_uid, cluster.0.manager);

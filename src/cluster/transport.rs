@@ -11,7 +11,7 @@ use std::{
     io,
     pin::Pin,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     task::{Context, Poll},
@@ -32,7 +32,7 @@ use kube::{
     client::{Body, ConfigExt},
 };
 use rustls::{AlertDescription, ClientConfig};
-use tokio::{net::TcpStream, task::JoinError};
+use tokio::{net::TcpStream, task::JoinError, time::Instant};
 use tokio_util::task::AbortOnDropHandle;
 use tower::{BoxError, Service, ServiceBuilder, retry::Policy, retry::RetryLayer};
 use tracing::{debug, info};
@@ -52,6 +52,12 @@ const PING_BUSY: Duration = Duration::from_secs(2);
 const PING_IDLE: Duration = Duration::from_secs(5);
 /// Eviction connections are closed after this: between two terminations nobody needs them.
 const EVICTIONS_IDLE: Duration = Duration::from_secs(30);
+/// How much of an answer, and of all answers on a connection, the server may send before it is read. hyper's own windows
+/// (2 and 5 MiB) would let the events of a full node pile up in memory while the evictions are sent.
+const STREAM_WINDOW: u32 = 256 * 1024;
+const CONNECTION_WINDOW: u32 = 512 * 1024;
+/// A connection opened ahead is worth nothing later: the server may have given it up meanwhile.
+const AHEAD_LIMIT: Duration = Duration::from_secs(2);
 /// Tries of a request that the server provably did not process (GOAWAY, refused stream).
 const TRIES: u8 = 6;
 /// Pauses before a connect is tried again. Short and few: how long to wait for a server is the caller's decision.
@@ -71,29 +77,54 @@ pub(super) enum Lane {
 type Http = HyperClient<Connector, Body>;
 
 /// Builds the whole stack. The caller has taken impersonation out of `config`; it is set for each request.
-pub(super) fn client(config: &Config) -> Result<kube::Client, Error> {
+pub(super) fn client(config: &Config) -> Result<(kube::Client, Ahead), Error> {
     let fault = |error: kube::Error| Error::config("the Kubernetes client", &error);
     let connections = Connections::new(config)?;
+    let ahead = Ahead {
+        server: config.cluster_url.clone(),
+        connectors: connections.0.ahead.clone(),
+        http1: connections.0.http1.clone(),
+    };
     let service = ServiceBuilder::new()
         .layer(config.base_uri_layer())
         .option_layer(config.auth_layer().map_err(fault)?)
         .layer(config.extra_headers_layer().map_err(fault)?)
         .map_err(BoxError::from)
-        .layer(RetryLayer::new(Repeat::new(connections.http1.clone())))
+        .layer(RetryLayer::new(Repeat::new(connections.0.http1.clone())))
         .service(connections);
-    Ok(kube::Client::new(service, config.default_namespace.clone()))
+    Ok((kube::Client::new(service, config.default_namespace.clone()), ahead))
 }
 
-/// Picks the connection for each request.
+/// Opens the connections of a drain while its claim is under way, so that the list and the evictions need not wait for
+/// theirs. No request is sent.
+pub(super) struct Ahead {
+    server: Uri,
+    connectors: Arc<[Connector]>,
+    http1: Arc<AtomicBool>,
+}
+
+impl Ahead {
+    pub(super) fn open(&self) {
+        if !self.http1.load(Ordering::Relaxed) {
+            self.connectors.iter().for_each(|connector| connector.open_ahead(self.server.clone()));
+        }
+    }
+}
+
+/// Picks the connection for each request. Small, because each request holds several clones of it while it is under way.
 #[derive(Clone)]
-struct Connections {
+struct Connections(Arc<Lanes>);
+
+struct Lanes {
     control: Http,
-    evictions: Arc<[Http]>,
+    evictions: Vec<Http>,
     watches: Http,
     plain: Http,
+    /// Of the evictions and the watches.
+    ahead: Arc<[Connector]>,
     /// Set once it is known that the server does not speak HTTP/2.
     http1: Arc<AtomicBool>,
-    next: Arc<AtomicUsize>,
+    next: AtomicUsize,
 }
 
 impl Connections {
@@ -102,32 +133,41 @@ impl Connections {
         let name = config.tls_server_name.as_deref();
         let h2 = Connector::new(tls.clone(), name, true)?;
         let h1 = Connector::new(tls, name, false)?;
-        let multiplexed = |ping: Duration, while_idle: bool, idle: Option<Duration>| {
+        let multiplexed = |connector: &Connector, ping: Duration, while_idle: bool, idle: Option<Duration>| {
             HyperClient::builder(TokioExecutor::new())
                 .timer(TokioTimer::new())
                 .pool_timer(TokioTimer::new())
                 .pool_idle_timeout(idle)
                 .http2_only(true)
+                .http2_initial_stream_window_size(STREAM_WINDOW)
+                .http2_initial_connection_window_size(CONNECTION_WINDOW)
                 .http2_keep_alive_interval(ping)
                 .http2_keep_alive_timeout(PING_LIMIT)
                 .http2_keep_alive_while_idle(while_idle)
-                .build(h2.clone())
+                .build(connector.clone())
         };
+        let ahead: Arc<[_]> = (0..=EVICTION_CONNECTIONS).map(|_| h2.apart()).collect();
+        let bulk = |connector: &Connector| multiplexed(connector, PING_BUSY, false, Some(EVICTIONS_IDLE));
+        let (for_evictions, for_watches) = ahead.split_at(EVICTION_CONNECTIONS);
         // Without TLS there is no negotiation: nobody serves HTTP/2 in the clear to a client that did not ask.
         let clear = config.cluster_url.scheme_str() == Some("http");
-        Ok(Self {
-            control: multiplexed(PING_IDLE, true, None),
-            evictions: (0..EVICTION_CONNECTIONS).map(|_| multiplexed(PING_BUSY, false, Some(EVICTIONS_IDLE))).collect(),
-            watches: multiplexed(PING_BUSY, false, Some(EVICTIONS_IDLE)),
+        let lanes = Lanes {
+            control: multiplexed(&h2, PING_IDLE, true, None),
+            evictions: for_evictions.iter().map(bulk).collect(),
+            watches: bulk(for_watches.first().unwrap_or(&h2)),
             plain: HyperClient::builder(TokioExecutor::new())
                 .timer(TokioTimer::new())
                 .pool_timer(TokioTimer::new())
                 .build(h1),
             http1: Arc::new(AtomicBool::new(clear)),
-            next: Arc::default(),
-        })
+            ahead: ahead.clone(),
+            next: AtomicUsize::default(),
+        };
+        Ok(Self(Arc::new(lanes)))
     }
+}
 
+impl Lanes {
     fn pick(&self, lane: Lane) -> &Http {
         if self.http1.load(Ordering::Relaxed) {
             return &self.plain;
@@ -156,7 +196,7 @@ impl Service<Request<Body>> for Connections {
     /// does not poll for a while (a watch, while the claim is awaited) would hold up the others.
     fn call(&mut self, request: Request<Body>) -> Self::Future {
         let lane = request.extensions().get::<Lane>().copied().unwrap_or(Lane::Control);
-        let task = AbortOnDropHandle::new(tokio::spawn(self.pick(lane).request(request)));
+        let task = AbortOnDropHandle::new(tokio::spawn(self.0.pick(lane).request(request)));
         Box::pin(async move {
             match task.await.map_err(JoinError::try_into_panic) {
                 Ok(answer) => answer,
@@ -173,7 +213,12 @@ impl Service<Request<Body>> for Connections {
 struct Connector {
     https: HttpsConnector<HttpConnector>,
     http2: bool,
+    /// Being opened since, before anybody asked for it.
+    ahead: Arc<Mutex<Option<(Instant, Connecting)>>>,
 }
+
+type Stream = MaybeHttpsStream<TokioIo<TcpStream>>;
+type Connecting = AbortOnDropHandle<Result<Stream, BoxError>>;
 
 impl Connector {
     fn new(tls: ClientConfig, server_name: Option<&str>, http2: bool) -> Result<Self, Error> {
@@ -193,23 +238,28 @@ impl Connector {
         }
         let https =
             if http2 { builder.enable_http2().wrap_connector(tcp) } else { builder.enable_http1().wrap_connector(tcp) };
-        Ok(Self { https, http2 })
-    }
-}
-
-impl Service<Uri> for Connector {
-    type Response = MaybeHttpsStream<TokioIo<TcpStream>>;
-    type Error = BoxError;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, BoxError>> + Send>>;
-
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
-        self.https.poll_ready(context)
+        Ok(Self { https, http2, ahead: Arc::default() })
     }
 
-    fn call(&mut self, server: Uri) -> Self::Future {
+    /// The same for other connections: what is opened ahead for the one is not for the other.
+    fn apart(&self) -> Self {
+        Self { ahead: Arc::default(), ..self.clone() }
+    }
+
+    fn open_ahead(&self, server: Uri) {
+        let connecting = AbortOnDropHandle::new(tokio::spawn(self.clone().connect(server)));
+        *self.ahead.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), connecting));
+    }
+
+    fn take_ahead(&self) -> Option<Connecting> {
+        let (since, connecting) = self.ahead.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+        (since.elapsed() < AHEAD_LIMIT).then_some(connecting)
+    }
+
+    fn connect(mut self, server: Uri) -> impl Future<Output = Result<Stream, BoxError>> + Send + 'static {
         let connecting = self.https.call(server);
         let http2 = self.http2;
-        Box::pin(async move {
+        async move {
             let Ok(connected) = tokio::time::timeout(CONNECT_LIMIT, connecting).await else {
                 let text = format!("no connection within {} s", CONNECT_LIMIT.as_secs());
                 return Err(io::Error::new(io::ErrorKind::TimedOut, text).into());
@@ -220,6 +270,29 @@ impl Service<Uri> for Connector {
                 return Err(NoHttp2.into());
             }
             Ok(stream)
+        }
+    }
+}
+
+impl Service<Uri> for Connector {
+    type Response = Stream;
+    type Error = BoxError;
+    type Future = Pin<Box<dyn Future<Output = Result<Stream, BoxError>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        self.https.poll_ready(context)
+    }
+
+    fn call(&mut self, server: Uri) -> Self::Future {
+        let ahead = self.take_ahead();
+        let connecting = self.clone().connect(server);
+        Box::pin(async move {
+            if let Some(ahead) = ahead
+                && let Ok(Ok(stream)) = ahead.await
+            {
+                return Ok(stream);
+            }
+            connecting.await
         })
     }
 }

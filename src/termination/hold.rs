@@ -188,6 +188,9 @@ impl Termination {
             exclude_from_load_balancers: record.phase.is_drain() && self.settings.exclude_from_load_balancers,
         };
         let Attempts { force, count, .. } = self.write;
+        if record.phase == Phase::Draining && self.work.is_none() {
+            self.cluster.expect_drain();
+        }
         match self.cluster.apply(&intent, Manager::Agent, force, count, self.write.limit()).await {
             Ok(node) => {
                 // What was just written is ours.

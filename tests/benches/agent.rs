@@ -20,7 +20,7 @@ use std::{
     collections::BTreeMap,
     net::SocketAddr,
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use jiff::{SignedDuration, Timestamp};
@@ -30,7 +30,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use support::{
     audit::Requests,
     bare,
-    controlplane::{ControlPlane, shared},
+    controlplane::{ControlPlane, Options, available},
     fleet::{NewPod, TestNode, World},
     keeper::free_port,
     kubelet::Kubelet,
@@ -59,13 +59,19 @@ async fn main() {
     let unknown = parts.iter().find(|part| !PARTS.contains(&part.as_str()));
     assert!(unknown.is_none(), "{unknown:?} is none of --quick, {}", PARTS.join(", "));
     let wanted = |part: &str| parts.is_empty() || parts.iter().any(|name| *name == part);
-    let Some(cp) = shared() else { return };
+    if !available() {
+        return;
+    }
+    // Elsewhere the controllers do not share the API server's cores, nor the agent's.
+    let cp = &ControlPlane::start(Options { without_controllers: true, ..Options::default() });
     let (notices, runs) = if quick { (5, 3) } else { (30, 20) };
     let (notices, runs, pods) = (number("NOTICES", notices), number("RUNS", runs), number("PODS", 110));
     let program = Program::find();
     table::machine();
     println!("measured: {program}");
-    println!("kube-apiserver with its default limits, the agent as its own node with a ServiceAccount's bound token");
+    println!(
+        "kube-apiserver and etcd on the same cores, with default limits; the agent as its own node with a ServiceAccount's bound token"
+    );
 
     if wanted("cordon") {
         notice_to_cordon(cp, &program, notices).await;
@@ -112,6 +118,8 @@ async fn notice_to_cordon(cp: &ControlPlane, program: &Program, trials: usize) {
 struct Drain {
     /// The claim came, and was answered.
     claim: Duration,
+    /// The claim came, and the pods were asked for.
+    listed: Duration,
     /// The claim came, and the first eviction came.
     first: Duration,
     /// The claim came, and the last eviction came.
@@ -128,8 +136,10 @@ impl Drain {
         let (first, sent) = (evictions.first().expect("there are pods"), evictions.last().expect("there are pods"));
         let last = evictions.iter().map(|r| r.answered).max().expect("there are pods");
         let after = |at| span(claim.received, at);
+        let list = requests.iter().find(|r| r.resource == "pods").expect("a list or a watch");
         Self {
             claim: after(claim.answered),
+            listed: after(list.received),
             first: after(first.received),
             sent: after(sent.received),
             all: after(last),
@@ -137,25 +147,29 @@ impl Drain {
     }
 }
 
+/// One of the times of a drain.
+type Measure = fn(&Drain) -> Duration;
+
 /// Spotter and the bare client in turn, each on a node of its own.
 async fn claim_to_last_eviction(cp: &ControlPlane, program: &Program, runs: usize, pods: usize) {
     section(&format!("claim -> last of {pods} evictions accepted, {runs} runs each in turn"));
-    let (mut ours, mut bare, mut seen) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut ours, mut bare, mut seen, mut used) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let mut requests = BTreeMap::new();
     for run in 0..runs {
         // Who comes first changes, so that neither has the warmer server.
         for spotter in [run % 2 == 0, run % 2 != 0] {
             if spotter {
-                let (drain, readable, sent) = drain_with_spotter(cp, program, run, pods).await;
-                seen.push(readable);
-                ours.push(drain);
-                requests = sent;
+                let end = drain_with_spotter(cp, program, run, pods).await;
+                ours.push(end.drain);
+                seen.push(end.since_readable);
+                used.push(end.cpu);
+                requests = end.requests;
             } else {
                 bare.push(drain_with_bare_client(cp, run, pods).await);
             }
         }
     }
-    let sample = |drains: &[Drain], what: fn(&Drain) -> Duration| Sample::new(drains.iter().map(what).collect());
+    let sample = |drains: &[Drain], what: Measure| Sample::new(drains.iter().map(what).collect());
     let (limit, worst) = (Duration::from_millis(200), Duration::from_millis(250));
     let all = sample(&ours, |drain| drain.all);
     let reference = sample(&bare, |drain| drain.all);
@@ -167,8 +181,9 @@ async fn claim_to_last_eviction(cp: &ControlPlane, program: &Program, runs: usiz
     row("bare client: worst", &ms(reference.worst()), "");
     let ratio = all.median().as_secs_f64() / reference.median().as_secs_f64();
     row("ratio of the medians", &format!("{ratio:.2}"), "");
-    let stages: [(&str, fn(&Drain) -> Duration); 3] = [
+    let stages: [(&str, Measure); 4] = [
         ("claim answered", |drain| drain.claim),
+        ("list received", |drain| drain.listed),
         ("first eviction received", |drain| drain.first),
         ("last eviction received", |drain| drain.sent),
     ];
@@ -176,6 +191,7 @@ async fn claim_to_last_eviction(cp: &ControlPlane, program: &Program, runs: usiz
         let (ours, bare) = (sample(&ours, what).median(), sample(&bare, what).median());
         row(&format!("median until {name}"), &ms(ours), &format!("bare client {}", ms(bare)));
     }
+    row("spotter: CPU of a drain, median", &ms(Sample::new(used).median()), "");
     let seen = Sample::new(seen);
     row("notice just after a poll -> last, median", &ms(seen.median()), "");
     row(
@@ -191,23 +207,35 @@ async fn claim_to_last_eviction(cp: &ControlPlane, program: &Program, runs: usiz
     row("  all without events", &counted.to_string(), &format!("{} or {}", pods + 3, pods + 4));
 }
 
-async fn drain_with_spotter(
-    cp: &ControlPlane,
-    program: &Program,
-    run: usize,
-    pods: usize,
-) -> (Drain, Duration, BTreeMap<String, usize>) {
+/// What a drain by spotter was like.
+struct Ended {
+    drain: Drain,
+    /// The notice could be read, and the last eviction was accepted.
+    since_readable: Duration,
+    /// From the notice to the last pod's end.
+    cpu: Duration,
+    requests: BTreeMap<String, usize>,
+}
+
+async fn drain_with_spotter(cp: &ControlPlane, program: &Program, run: usize, pods: usize) -> Ended {
     let stage = Stage::new(cp, &format!("drain-{run}"), pods).await;
     let (control, running) = stage.start(program, &[]).await;
     next_poll(&control).await;
     let before = stage.requests(cp).await.len();
+    let used = cpu(&running);
     let readable = stage.interrupt(&control);
     running.wait_for_line("termination finished", Duration::from_secs(60)).await;
+    let used = cpu(&running) - used;
     let mut requests = stage.requests(cp).await;
     let first = requests[before..].first().expect("a claim").received;
     requests = requests.only(|r| r.received >= first);
     let last = requests.of("create", "pods/eviction").iter().map(|r| r.answered).max().expect("evictions");
-    (Drain::of(&requests, pods), span(readable, last), requests.summary())
+    Ended {
+        drain: Drain::of(&requests, pods),
+        since_readable: span(readable, last),
+        cpu: used,
+        requests: requests.summary(),
+    }
 }
 
 /// With the agent's rights, and as its node too.
@@ -343,7 +371,7 @@ struct Program {
     path: PathBuf,
     size: u64,
     what: &'static str,
-    /// The sources were built again since.
+    /// The sources have changed since it was built.
     old: bool,
 }
 
@@ -364,8 +392,10 @@ impl Program {
             }
         };
         let about = |path: &Path| path.metadata().unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        let changed = |path: &Path| about(path).modified().expect("a time");
-        Self { size: about(&path).len(), old: changed(&path) < changed(built), what, path }
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let changed = ["src", "Cargo.toml", "Cargo.lock"].map(|name| last_change(&root.join(name))).into_iter().max();
+        let old = about(&path).modified().ok() < changed;
+        Self { size: about(&path).len(), old, what, path }
     }
 }
 
@@ -373,8 +403,15 @@ impl std::fmt::Display for Program {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let short = self.path.strip_prefix(env!("CARGO_MANIFEST_DIR")).unwrap_or(&self.path);
         write!(f, "{} ({})", short.display(), self.what)?;
-        if self.old { f.write_str("; OLDER than the release build beside it: build it again") } else { Ok(()) }
+        if self.old { f.write_str("; OLDER than the sources: build it again") } else { Ok(()) }
     }
+}
+
+/// When a file, or anything below a directory, was last changed.
+fn last_change(path: &Path) -> SystemTime {
+    let below = std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| last_change(&entry.path()));
+    let own = path.metadata().and_then(|about| about.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
+    below.fold(own, SystemTime::max)
 }
 
 /// The CPU time of all its threads. The scheduler's own account is exact; that in `stat` comes in steps of 10 ms.

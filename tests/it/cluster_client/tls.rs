@@ -120,6 +120,29 @@ async fn each_purpose_has_its_connections_and_no_more() {
 }
 
 #[tokio::test]
+async fn connections_opened_ahead_are_the_ones_that_a_drain_uses() {
+    let connections = Arc::<AtomicUsize>::default();
+    let config = kubeconfig(&tls_http2(connections.clone()).await);
+    let cluster = connect(config.path().to_owned(), IdentityChoice::Auto, &mut Registry::default()).await;
+    cluster.expect_drain();
+    let claim = cluster.apply(&NodeIntent::default(), Manager::Agent, false, 0, SECOND).await;
+    assert!(claim.is_ok(), "{claim:?}");
+    let all = async {
+        while connections.load(Ordering::Relaxed) < 4 {
+            tokio::task::yield_now().await
+        }
+    };
+    within(all).await;
+    let (pod, cluster) = (&pod(), &cluster);
+    let evict = || futures::future::join_all((0..10).map(|_| cluster.evict(pod, None, 5 * SECOND)));
+    assert!(evict().await.iter().all(|answer| *answer == Answer::Accepted));
+    assert_eq!(connections.load(Ordering::Relaxed), 4, "one for the claim, two for evictions, one for watches");
+    // Expected again while they are open, nothing changes for those that use them.
+    cluster.expect_drain();
+    assert!(evict().await.iter().all(|answer| *answer == Answer::Accepted));
+}
+
+#[tokio::test]
 async fn a_request_that_nobody_polls_does_not_hold_up_the_claim() {
     let config = kubeconfig(&tls_http2(Arc::default()).await);
     // The watch is left alone after ever more steps of opening the connection that the claim waits for.
