@@ -52,10 +52,6 @@ const PING_BUSY: Duration = Duration::from_secs(2);
 const PING_IDLE: Duration = Duration::from_secs(5);
 /// Eviction connections are closed after this: between two terminations nobody needs them.
 const EVICTIONS_IDLE: Duration = Duration::from_secs(30);
-/// How much of an answer, and of all answers on a connection, the server may send before it is read. hyper's own windows
-/// (2 and 5 MiB) would let the events of a full node pile up in memory while the evictions are sent.
-const STREAM_WINDOW: u32 = 256 * 1024;
-const CONNECTION_WINDOW: u32 = 512 * 1024;
 /// A connection opened ahead is worth nothing later: the server may have given it up meanwhile.
 const AHEAD_LIMIT: Duration = Duration::from_secs(2);
 /// Tries of a request that the server provably did not process (GOAWAY, refused stream).
@@ -139,8 +135,6 @@ impl Connections {
                 .pool_timer(TokioTimer::new())
                 .pool_idle_timeout(idle)
                 .http2_only(true)
-                .http2_initial_stream_window_size(STREAM_WINDOW)
-                .http2_initial_connection_window_size(CONNECTION_WINDOW)
                 .http2_keep_alive_interval(ping)
                 .http2_keep_alive_timeout(PING_LIMIT)
                 .http2_keep_alive_while_idle(while_idle)
