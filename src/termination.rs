@@ -149,8 +149,12 @@ pub struct Termination {
     write: hold::Attempts,
     /// When a holder that may be gone is looked at next.
     holder_look: Option<Moment>,
+    /// The write that takes a former holder's name off the Node.
+    clearing: Option<AbortOnDropHandle<Option<NodeFacts>>>,
     start: start::Lookup,
     work: Option<Work>,
+    /// How many drains there were: answers are told apart by it.
+    works: u64,
     requests: JoinSet<work::Answered>,
     node_feed: Option<Feed<NodeEvent>>,
     pod_feed: Option<Feed<PodEvent>>,
@@ -181,8 +185,10 @@ impl Termination {
             uncordoned: false,
             write: hold::Attempts::default(),
             holder_look: None,
+            clearing: None,
             start: start::Lookup::default(),
             work: None,
+            works: 0,
             requests: JoinSet::new(),
             node_feed: None,
             pod_feed: None,

@@ -225,6 +225,11 @@ impl Drain {
         self.finished
     }
 
+    /// Whether listed.
+    pub fn was_listed(&self) -> bool {
+        self.listed
+    }
+
     /// Whether requests are under way.
     pub fn in_flight(&self) -> usize {
         self.in_flight

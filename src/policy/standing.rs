@@ -148,15 +148,16 @@ impl Notices {
         self.entries.remove(id).map(|entry| entry.notice)
     }
 
-    /// All that is open has been acted on to its end.
-    pub fn spend(&mut self) {
-        self.entries.values_mut().for_each(|entry| entry.spent = true);
-        self.entries.retain(|_, entry| !entry.vanished);
-    }
-
-    /// Whether no source lists any of the open notices any more.
-    pub fn all_vanished(&self) -> bool {
-        self.open().all(|entry| entry.vanished)
+    /// Open notices that the machine has outlived have been acted on to their end. `outlived` is asked for each: its
+    /// deadline, where it has one of its own, and whether no source lists it any more. Says whether there was one.
+    pub fn spend(&mut self, outlived: impl Fn(Option<Timestamp>, bool) -> bool) -> bool {
+        let mut any = false;
+        for entry in self.entries.values_mut().filter(|entry| !entry.spent) {
+            entry.spent = outlived(entry.notice.deadline.at(), entry.vanished);
+            any |= entry.spent;
+        }
+        self.entries.retain(|_, entry| !(entry.spent && entry.vanished));
+        any
     }
 
     /// The open notices, for the record.
@@ -229,8 +230,8 @@ pub struct Survivor<'a> {
     pub boot_now: &'a str,
     /// Since when the Node is Ready, if it is.
     pub ready_since: Option<Timestamp>,
-    /// No source lists a notice any more.
-    pub all_vanished: bool,
+    /// No source lists the notice any more.
+    pub vanished: bool,
 }
 
 impl Survivor<'_> {
@@ -239,7 +240,7 @@ impl Survivor<'_> {
     pub fn has_outlived(&self, now: Timestamp) -> bool {
         let Some(since) = self.ready_since else { return false };
         let booted = self.boot_then.is_some_and(|then| !self.boot_now.is_empty() && then != self.boot_now);
-        now.duration_since(self.deadline) >= OUTLIVED_AFTER && (booted || since > self.deadline || self.all_vanished)
+        now.duration_since(self.deadline) >= OUTLIVED_AFTER && (booted || since > self.deadline || self.vanished)
     }
 }
 
@@ -266,6 +267,10 @@ mod tests {
 
     fn asg() -> Notice {
         notice(Kind::AsgTermination, Deadline::SoftByGrace)
+    }
+
+    fn all_vanished(notices: &Notices) -> bool {
+        notices.open().all(|entry| entry.vanished)
     }
 
     fn stage(notices: &Notices, now: i64) -> Stage {
@@ -336,10 +341,20 @@ mod tests {
         let mut notices = notices([spot(120)]);
         assert_eq!(notices.withdraw(&NoticeId("spot-interruption".into()), Withdrawal::Vanished), None);
         assert_eq!(stage(&notices, 10), Stage::Draining);
-        assert!(notices.all_vanished());
-        notices.spend();
+        assert!(notices.spend(|_, vanished| vanished));
         assert_eq!(stage(&notices, 1000), Stage::Nothing);
         assert_eq!(notices.see(spot(2000), None, at(1000)), Change::New, "a new one is a new one");
+    }
+
+    #[test]
+    fn only_what_was_outlived_is_spent() {
+        let tomorrow = maintenance("e-2", "instance-stop", 90_000);
+        let mut notices = notices([maintenance("e-1", "system-reboot", 900), tomorrow.clone(), spot(120)]);
+        let outlived = |deadline: Option<Timestamp>, _| deadline.is_some_and(|deadline| deadline < at(1200));
+        assert!(notices.spend(outlived));
+        assert!(!notices.spend(outlived), "once");
+        assert_eq!(notices.list(), [tomorrow]);
+        assert_eq!(stage(&notices, 1300), Stage::Scheduled);
     }
 
     #[test]
@@ -369,7 +384,7 @@ mod tests {
         assert_eq!(notices.remember(asg()), None, "still listed");
         assert_eq!(notices.remember(spot(120)), None, "nobody has said that the power stays");
         assert_eq!(notices.list(), [asg(), spot(120)]);
-        assert!(!notices.all_vanished());
+        assert!(!all_vanished(&notices));
         assert_eq!(stage(&notices, 0), Stage::Draining);
     }
 
@@ -380,9 +395,9 @@ mod tests {
         assert!(notices.synced(Kind::SpotInterruption).is_empty());
         assert_eq!(stage(&notices, 601), Stage::Nothing);
         assert_eq!(notices.remember(spot(0)), None);
-        assert!(!notices.all_vanished());
+        assert!(!all_vanished(&notices));
         assert_eq!(notices.withdraw(&spot(0).id, Withdrawal::Vanished), None);
-        assert!(notices.all_vanished());
+        assert!(all_vanished(&notices));
     }
 
     #[test]
@@ -406,14 +421,14 @@ mod tests {
             boot_then: Some("a"),
             boot_now: "a",
             ready_since: Some(at(-1000)),
-            all_vanished: false,
+            vanished: false,
         };
         assert!(!survivor.has_outlived(at(10_000)), "a drained node that waits for somebody else's hook stays");
         assert!(Survivor { boot_now: "b", ..survivor }.has_outlived(at(300)), "rebooted");
         assert!(!Survivor { boot_now: "b", ..survivor }.has_outlived(at(299)));
         assert!(!Survivor { boot_now: "", ..survivor }.has_outlived(at(300)), "unknown is not other");
         assert!(Survivor { ready_since: Some(at(60)), ..survivor }.has_outlived(at(300)), "hibernated");
-        assert!(Survivor { all_vanished: true, ..survivor }.has_outlived(at(300)));
-        assert!(!Survivor { all_vanished: true, ready_since: None, ..survivor }.has_outlived(at(300)));
+        assert!(Survivor { vanished: true, ..survivor }.has_outlived(at(300)));
+        assert!(!Survivor { vanished: true, ready_since: None, ..survivor }.has_outlived(at(300)));
     }
 }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use tokio_util::task::AbortOnDropHandle;
 use tracing::debug;
 
 use crate::{
@@ -53,29 +54,38 @@ impl Termination {
     }
 
     /// A forced apply leaves the old holder co-owner of what had the same value: clear that, so that a release frees it.
-    pub(super) async fn clear_other(&mut self, other: Manager, node: &NodeFacts) {
+    /// Beside the drain, which is not kept waiting for it; where it fails, the release does it.
+    pub(super) fn clear_other(&mut self, other: Manager, node: &NodeFacts) {
         let nothing = NodeIntent {
             uid: Some(node.uid.clone()),
             resource_version: Some(node.resource_version.clone()),
             ..NodeIntent::default()
         };
-        match self.cluster.apply(&nothing, other, false, 0, FIRST_LIMIT).await {
-            Ok(node) => self.node = Some(node),
-            Err(problem) => debug!(?problem, "cannot clear the fields of the former holder; the release does it"),
+        let cluster = self.cluster.clone();
+        self.clearing = Some(AbortOnDropHandle::new(tokio::spawn(async move {
+            let cleared = cluster.apply(&nothing, other, false, 0, FIRST_LIMIT).await;
+            cleared.inspect_err(|problem| debug!(%problem, "cannot clear the fields of the former holder")).ok()
+        })));
+    }
+
+    /// The next write goes on from what that one left. It has its answer long before, but on an empty node.
+    pub(super) async fn cleared(&mut self) {
+        if let Some(clearing) = self.clearing.take()
+            && let Ok(Some(node)) = clearing.await
+        {
+            self.node = Some(node);
         }
     }
 
     /// Follows a holder's record; takes over from one that is gone or does less than our notices ask for.
     pub(super) async fn follow(&mut self, record: Record, standing: &Standing) -> Result<bool, Error> {
         let other = record.holder;
-        if standing.stage == Stage::Nothing {
-            return Ok(false);
-        }
         if course::asks_for_more(&record, standing) {
             self.take_over(other, "our notice asks for more");
             return Ok(true);
         }
         if standing.stage != Stage::Draining || record.phase != Phase::Draining {
+            self.holder_look = None;
             return Ok(false);
         }
         let now = self.clock.now();

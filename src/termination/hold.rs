@@ -16,13 +16,15 @@ use crate::{
         Error, Hold, Phase, Record, Termination,
         course::{self, Move},
         termination_id,
-        work::Work,
     },
 };
 
 /// The first try of a write waits this long for its answer, a repeat longer: a slow server is better than none.
 pub(super) const FIRST_LIMIT: Duration = Duration::from_millis(1500);
 pub(super) const REPEAT_LIMIT: Duration = Duration::from_secs(3);
+
+/// The same while a drain is under way, whose events wait meanwhile.
+const BUSY_LIMIT: Duration = Duration::from_secs(1);
 
 /// Waits between tries of a write: from 50 ms, doubling, to one second.
 const FIRST_WAIT: Duration = Duration::from_millis(50);
@@ -95,6 +97,12 @@ impl Termination {
                 }
                 Ok(false)
             }
+            Hold::Theirs(_) if standing.stage == Stage::Nothing => {
+                // Nothing to wait for any more; the next claim meets the holder again.
+                self.hold = Hold::Nobody;
+                self.holder_look = None;
+                Ok(true)
+            }
             Hold::Theirs(record) => {
                 let record = record.clone();
                 self.follow(record, &standing).await
@@ -112,6 +120,7 @@ impl Termination {
         let now = self.clock.wall();
         let record = Record::begin(termination_id(&self.instance, now), Manager::Agent, phase, now);
         self.uncordoned = false;
+        self.seen_at.get_or_insert(self.clock.now());
         self.write_record(record, standing).await
     }
 
@@ -154,7 +163,7 @@ impl Termination {
     fn ended(&self, record: &Record, standing: &Standing) -> Option<Record> {
         let work = self.work.as_ref().filter(|work| work.is_finished())?;
         let outcome = work.outcome(self.clock.wall());
-        let phase = if outcome.left.is_empty() { Phase::Drained } else { Phase::Incomplete };
+        let phase = work.ending();
         let over = record.phase.is_ended() || standing.stage == Stage::Draining;
         (over && phase != record.phase).then(|| Record { phase, outcome: Some(outcome), ..record.clone() })
     }
@@ -171,6 +180,7 @@ impl Termination {
 
     /// Writes `record`, brought up to date with the notices, as all that we want of the Node.
     async fn write_record(&mut self, mut record: Record, standing: &Standing) -> Result<bool, Error> {
+        self.cleared().await;
         let Some(node) = self.node.clone() else { return Ok(false) };
         let before = match &self.hold {
             Hold::Ours(known) => Some(known.phase),
@@ -191,14 +201,17 @@ impl Termination {
         if record.phase == Phase::Draining && self.work.is_none() {
             self.cluster.expect_drain();
         }
-        match self.cluster.apply(&intent, Manager::Agent, force, count, self.write.limit()).await {
+        // A drain under way is not kept waiting for long.
+        let busy = self.work.as_ref().is_some_and(|work| !work.is_finished());
+        let limit = if busy { BUSY_LIMIT } else { self.write.limit() };
+        match self.cluster.apply(&intent, Manager::Agent, force, count, limit).await {
             Ok(node) => {
                 // What was just written is ours.
                 self.hold = Hold::Ours(record.clone());
                 self.check_instance_or_give_back(&node).await?;
                 self.node = Some(node.clone());
                 if let Some(other) = self.write.taken_over_from.take() {
-                    self.clear_other(other, &node).await;
+                    self.clear_other(other, &node);
                 }
                 self.write = Attempts::default();
                 self.written(record, before);
@@ -214,9 +227,11 @@ impl Termination {
         }
         record.notices = self.notices.list();
         if let Some(deadline) = standing.deadline {
+            // What was counted from the pods' grace once is kept.
+            let counted = record.deadline.filter(|_| !record.hard);
             record.hard = deadline.is_hard();
             record.deadline = match deadline {
-                Deadline::SoftByGrace => self.work.as_ref().and_then(|work| work.deadline(&self.clock)),
+                Deadline::SoftByGrace => self.work.as_ref().and_then(|work| work.deadline(&self.clock)).or(counted),
                 other => other.at(),
             };
         }
@@ -286,6 +301,7 @@ impl Termination {
 
     pub(super) fn write_failed(&mut self, problem: &ClusterError, now: Moment) {
         self.metrics.write_failed();
+        self.tell_waiting(&problem.to_string(), self.write.count.is_multiple_of(20) && self.write.count > 0);
         match problem.class() {
             Class::Retry => {
                 let tries = self.write.count + 1;
@@ -430,7 +446,7 @@ impl Termination {
 
     fn begin_work(&mut self, record: &Record, standing: &Standing) {
         let limit = self.limit_of(record, standing);
-        self.work = Some(Work::begin(self.drain_settings(), limit, self.clock.now()));
+        self.start_work(self.drain_settings(), limit, standing.deadline);
         self.tell_drain_started(record);
     }
 }

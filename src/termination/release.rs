@@ -24,6 +24,8 @@ impl Termination {
     /// Fenced like every write after the claim, so that what the other handler has claimed since is not given up. Our
     /// own fields go last: until then the record says that there is something to give up.
     pub(super) async fn release(&mut self, record: &Record) -> Result<bool, Error> {
+        // Whatever becomes of the write: nothing more is asked of any pod.
+        self.work = None;
         let braked = self.annotation() == Some(Response::Ignore);
         for manager in [Manager::Agent.other(), Manager::Agent] {
             let Some(node) = &self.node else { return Ok(false) };
@@ -94,6 +96,7 @@ impl Termination {
         self.work = None;
         self.write = Attempts::default();
         self.uncordoned = false;
+        self.seen_at = None;
         self.ended_by = ReleaseReason::Expired;
     }
 
@@ -104,20 +107,23 @@ impl Termination {
         phase.is_settled().then(|| from.max(self.clock.now().after(SURVIVOR_LOOK)))
     }
 
-    /// A machine that has outlived its deadline has nothing open any more: the next move is a release.
+    /// What the machine has outlived is not open any more; where nothing else is, the next move is a release.
     pub(super) fn spend_if_outlived(&mut self) {
         let (Hold::Ours(record), Some(node)) = (&self.hold, &self.node) else { return };
         let Some(deadline) = record.deadline.filter(|_| record.phase.is_settled()) else { return };
-        let survivor = Survivor {
-            deadline,
-            boot_then: record.boot_id.as_deref(),
-            boot_now: &node.boot_id,
-            ready_since: node.ready_since(),
-            all_vanished: self.notices.all_vanished(),
-        };
-        if survivor.has_outlived(self.clock.wall()) {
+        let now = self.clock.wall();
+        let spent = self.notices.spend(|own, vanished| {
+            let survivor = Survivor {
+                deadline: own.unwrap_or(deadline),
+                boot_then: record.boot_id.as_deref(),
+                boot_now: &node.boot_id,
+                ready_since: node.ready_since(),
+                vanished,
+            };
+            survivor.has_outlived(now)
+        });
+        if spent {
             self.ended_by = ReleaseReason::Expired;
-            self.notices.spend();
         }
     }
 }

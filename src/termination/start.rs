@@ -49,6 +49,7 @@ impl Lookup {
     /// Somebody waits for the Node.
     pub(super) fn hurry(&mut self) {
         self.not_before = None;
+        self.failures = 0;
     }
 }
 
@@ -80,7 +81,7 @@ impl Termination {
             }
             // There is no time to wait: the Node's name comes from the machine itself.
         }
-        info!(node = node.name, provider_id = node.provider_id, identity = ?self.cluster.identity(), "Node found");
+        info!(node = node.name, provider_id = node.provider_id, "Node found");
         self.health.set(Ok(()));
         self.start = Lookup::default();
         self.recorder.set_node(&node.uid);
@@ -94,7 +95,8 @@ impl Termination {
     }
 
     fn look_again(&mut self, message: &str) {
-        if self.start.failures.is_multiple_of(10) {
+        let often = self.start.failures.is_multiple_of(10);
+        if !self.tell_waiting(message, often) && often {
             warn!("cannot read the own Node yet: {message}");
         }
         self.health.set(Err(message.to_owned()));

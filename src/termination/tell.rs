@@ -3,16 +3,19 @@
 use std::collections::BTreeSet;
 
 use jiff::Timestamp;
-use tracing::{info, info_span, warn};
+use tracing::{debug, error, info, info_span, warn};
 
 use crate::{
     cluster::{About, EventNote, Manager, NodeFacts, PodRef},
-    notice::{Kind, Notice, Report, Withdrawal},
+    notice::{Deadline, Kind, Notice, Report, Withdrawal},
     plan::{
         Moment,
-        drain::{Effect, News, Note},
+        drain::{self, Effect, News, Note},
     },
-    policy::{Refusal, Response, standing::Change},
+    policy::{
+        Refusal, Response,
+        standing::{Change, Stage},
+    },
     termination::{
         Error, Hold, Phase, Record, Termination,
         metrics::{Dropped, Stamp},
@@ -80,6 +83,13 @@ impl Warned {
             warn!("{message}");
         }
     }
+
+    /// The same for what cannot be worse.
+    pub(super) fn once_as_error(&mut self, message: &str) {
+        if self.0.len() < 256 && self.0.insert(message.to_owned()) {
+            error!("{message}");
+        }
+    }
 }
 
 impl Termination {
@@ -135,20 +145,39 @@ impl Termination {
         warn!(%kind, %id, detail, "notice not acted on: {}", refusal_text(refusal));
     }
 
+    /// Says that a notice asks for something, and the Node is not even cordoned; `now` or, once, when it is too late.
+    /// Whether that is so.
+    pub(super) fn tell_waiting(&mut self, why: &str, now: bool) -> bool {
+        let annotation = self.annotation();
+        let standing = self.notices.standing(annotation, self.clock.wall());
+        let held = matches!(&self.hold, Hold::Ours(record) if record.phase.is_cordoned());
+        let (false, Some(kind), true) = (held, standing.kinds.first(), standing.stage >= Stage::Watching) else {
+            return false;
+        };
+        let left = standing.deadline.and_then(Deadline::at).map(|at| at.duration_since(self.clock.wall()).as_secs());
+        if left.is_some_and(|left| left <= 0) {
+            let message = format!("the deadline of the {kind} has passed, and nothing was drained: {why}");
+            self.warned.once_as_error(&message);
+        } else if now {
+            error!(%kind, seconds_left = left, "a notice waits, and the Node is not cordoned: {why}");
+        }
+        true
+    }
+
     fn response_to(&mut self, notice: &Notice) -> Response {
         let annotation = self.annotation();
         self.notices.policy_mut().decide(notice, annotation).response
     }
 
     pub(super) fn withdrawn(&mut self, notice: &Notice, why: Withdrawal) {
-        info!(kind = %notice.kind, id = %notice.id, ?why, "notice withdrawn");
+        let word = match why {
+            Withdrawal::Cancelled => "cancelled",
+            Withdrawal::Completed => "completed",
+            Withdrawal::Vanished => "no longer listed",
+        };
+        info!(kind = %notice.kind, id = %notice.id, why = word, "notice withdrawn");
         self.ended_by = ReleaseReason::Cancelled;
         if notice.kind == Kind::ScheduledMaintenance {
-            let word = match why {
-                Withdrawal::Cancelled => "cancelled",
-                Withdrawal::Completed => "completed",
-                Withdrawal::Vanished => "no longer listed",
-            };
             self.node_event_note(false, "MaintenanceCancelled", format!("{}: {word}", notice.detail));
         }
         if matches!(self.hold, Hold::Nobody) {
@@ -188,6 +217,10 @@ impl Termination {
             let ms = (seconds * 1000.0).round() as u64;
             self.span.in_scope(|| info!(phase = record.phase.as_str(), deadline, after_ms = ms, "cordoned"));
             self.node_event_note(false, "Cordoned", format!("{kind}: no new pods; deadline {deadline}"));
+        } else if record.phase == Phase::Scheduled {
+            let annotation = self.annotation();
+            let begins = text_of(self.notices.standing(annotation, self.clock.wall()).changes_at);
+            self.span.in_scope(|| info!(phase = "scheduled", starts = deadline, begins, "work will begin at its time"));
         } else if before != Some(record.phase) {
             self.span.in_scope(|| info!(phase = record.phase.as_str(), deadline, "entered phase"));
         } else {
@@ -198,7 +231,33 @@ impl Termination {
     pub(super) fn tell_drain_started(&mut self, record: &Record) {
         let deadline = text_of(record.deadline);
         self.span.in_scope(|| info!(deadline, hard = record.hard, "drain started"));
+        if let Some(at) = record.deadline.filter(|_| record.hard) {
+            let left = at.duration_since(self.clock.wall()).as_secs();
+            if left <= 0 {
+                let hibernates = self.notices.list().iter().any(|notice| notice.detail == "hibernate");
+                let why = if hibernates { "hibernation gives no time" } else { "the deadline is past" };
+                self.span.in_scope(|| warn!(seconds_left = left, "{why}: every pod gets one second of grace"));
+            }
+        }
         self.node_event_note(false, "DrainStarted", format!("{}: deadline {deadline}", record.leading_kind()));
+    }
+
+    /// The pods of the node are known.
+    pub(super) fn tell_listed(&self) {
+        let Some(progress) = self.work.as_ref().map(Work::progress) else { return };
+        let (pods, skipped) = (progress.total, progress.skipped);
+        self.span.in_scope(|| info!(pods, skipped, "pods listed; all that are to go are asked now"));
+    }
+
+    /// How a drain stands that takes longer than people like to wait for a word.
+    pub(super) fn tell_progress(&self) {
+        let Some(work) = &self.work else { return };
+        let drain::Progress { total: pods, gone, terminating, blocked, .. } = work.progress();
+        if work.was_listed() {
+            self.span.in_scope(|| info!(pods, gone, terminating, blocked, "draining"));
+        } else {
+            self.span.in_scope(|| warn!("draining: the pods of the node could not be listed yet"));
+        }
     }
 
     /// The drain came to its end: the numbers that count, once.
@@ -210,6 +269,7 @@ impl Termination {
         let kind = record.leading_kind();
         let (progress, stamps) = (work.progress(), work.stamps());
         let left = work.outcome(self.clock.wall()).left;
+        let (outcome, listed) = (work.ending(), work.was_listed());
         let ms = |at: Option<Moment>| at.map(|at| (self.seconds_since_seen(at) * 1000.0).round() as u64);
         for (stamp, at) in [(Stamp::FirstEviction, stamps.first_accepted), (Stamp::LastEviction, stamps.last_accepted)]
         {
@@ -217,8 +277,8 @@ impl Termination {
                 self.metrics.stage(kind, stamp, self.seconds_since_seen(at));
             }
         }
-        let margin = record.deadline.map(|at| at.duration_since(self.clock.wall()).as_secs_f64());
-        if left.is_empty() {
+        let margin = record.deadline.map(|at| tenths(at.duration_since(self.clock.wall()).as_secs_f64()));
+        if outcome == Phase::Drained {
             let at = stamps.last_gone.unwrap_or_else(|| self.clock.now());
             self.metrics.stage(kind, Stamp::Drained, self.seconds_since_seen(at));
             if let Some(margin) = margin {
@@ -226,8 +286,11 @@ impl Termination {
             }
         }
         self.metrics.pods(progress);
-        self.metrics.ended(Some(kind), if left.is_empty() { Ending::Drained } else { Ending::LeftPods });
-        let outcome = if left.is_empty() { Phase::Drained } else { Phase::Incomplete };
+        self.metrics.ended(Some(kind), if outcome == Phase::Drained { Ending::Drained } else { Ending::LeftPods });
+        if !listed {
+            self.span
+                .in_scope(|| error!("the time is up, and the pods of the node could not be listed: none was moved"));
+        }
         self.span.in_scope(|| {
             info!(
                 outcome = outcome.as_str(),
@@ -247,8 +310,11 @@ impl Termination {
             "{} of {} pods gone, {} deleted at their latest start",
             progress.gone, progress.total, progress.deleted
         );
-        if left.is_empty() {
-            self.node_event_note(false, "Drained", message);
+        if !listed {
+            let message = "the pods of the node could not be listed: none was moved".to_owned();
+            self.node_event_note(true, "PodsLeft", message);
+        } else if left.is_empty() {
+            self.node_event_note(progress.deleted > 0, "Drained", message);
         } else {
             self.node_event_note(true, "PodsLeft", format!("{message}; left: {}", left.join(", ")));
         }
@@ -259,11 +325,11 @@ impl Termination {
         let name = format!("{}/{}", pod.namespace, pod.name);
         let (warning, reason, message) = match news {
             News::Skipped(skip) => {
-                self.span.in_scope(|| info!(pod = name, "left alone: {}", skip.as_str()));
+                self.span.in_scope(|| debug!(pod = name, "left alone: {}", skip.as_str()));
                 return;
             }
             News::Gone => {
-                self.span.in_scope(|| tracing::debug!(pod = name, "gone"));
+                self.span.in_scope(|| debug!(pod = name, "gone"));
                 return;
             }
             News::BadAnnotation(value) => {
@@ -336,6 +402,11 @@ impl Termination {
             );
         }
     }
+}
+
+/// Seconds for people.
+fn tenths(seconds: f64) -> f64 {
+    (seconds * 10.0).round() / 10.0
 }
 
 fn text_of(at: Option<Timestamp>) -> String {

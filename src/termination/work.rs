@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
+use tokio::time::Instant;
 use tracing::{debug, info};
 
 use crate::{
@@ -28,12 +29,23 @@ const IN_FLIGHT_DIRECT: usize = 16;
 const LONGEST_REQUEST: Duration = Duration::from_secs(10);
 const SHORTEST_REQUEST: Duration = Duration::from_secs(1);
 
+/// The condition on a pod that is deleted is a courtesy: it does not take the pod's time.
+const MARK_LIMIT: Duration = Duration::from_secs(1);
+
+/// A condition that is written faster than this costs the pod no second of its grace: the margin covers it.
+const SOON: Duration = Duration::from_millis(300);
+
+/// How often people hear how a drain stands that takes longer.
+const WORD_EVERY: Duration = Duration::from_secs(10);
+
 /// The reason of the `DisruptionTarget` condition of a deleted pod.
 const DISRUPTION_REASON: &str = "TerminationByNodeEnd";
 
 /// The answer to a request for one pod.
 #[derive(Debug)]
 pub(super) struct Answered {
+    /// Of which drain; an answer that comes after its end is counted, and no more.
+    work: u64,
     pod: PodUid,
     ask: Ask,
     answer: Answer,
@@ -44,17 +56,19 @@ pub(super) struct Answered {
 /// A drain under way, or just ended.
 #[derive(Debug)]
 pub(super) struct Work {
+    number: u64,
     machine: Drain,
     began_at: Moment,
+    /// The deadline that the machine was told last, as the notices have it: telling it again would move the latest
+    /// starts.
+    told: Option<Deadline>,
+    /// When people hear next how it stands.
+    next_word: Moment,
     /// The process stops: nothing new is asked.
     stopping: bool,
 }
 
 impl Work {
-    pub(super) fn begin(settings: drain::Settings, limit: Limit, now: Moment) -> Self {
-        Self { machine: Drain::new(settings, limit, now), began_at: now, stopping: false }
-    }
-
     pub(super) fn began_at(&self) -> Moment {
         self.began_at
     }
@@ -78,7 +92,20 @@ impl Work {
 
     /// When there is something to do without news: for the drain, or, after it, closing the pods' watch.
     pub(super) fn next_wake(&self, now: Moment) -> Option<Moment> {
-        if self.machine.is_finished() { self.machine.end().filter(|end| now < *end) } else { self.machine.next_wake() }
+        if self.machine.is_finished() {
+            return self.machine.end().filter(|end| now < *end);
+        }
+        self.machine.next_wake().into_iter().chain([self.next_word]).min()
+    }
+
+    /// How it ended: only a node whose pods were seen can be drained.
+    pub(super) fn ending(&self) -> Phase {
+        let drained = self.machine.was_listed() && self.machine.progress().left == 0;
+        if drained { Phase::Drained } else { Phase::Incomplete }
+    }
+
+    pub(super) fn was_listed(&self) -> bool {
+        self.machine.was_listed()
     }
 
     pub(super) fn progress(&self) -> drain::Progress {
@@ -105,6 +132,16 @@ impl Work {
 }
 
 impl Termination {
+    /// A drain of its own, with a watch of its own: the list that the former one was given is not given again.
+    pub(super) fn start_work(&mut self, settings: drain::Settings, limit: Limit, told: Option<Deadline>) {
+        let now = self.clock.now();
+        self.works += 1;
+        self.pod_feed = None;
+        let machine = Drain::new(settings, limit, now);
+        let next_word = now.after(WORD_EVERY);
+        self.work = Some(Work { number: self.works, machine, began_at: now, told, next_word, stopping: false });
+    }
+
     pub(super) fn drain_settings(&self) -> drain::Settings {
         let by_identity = match self.cluster.identity() {
             Identity::Node => IN_FLIGHT_AS_NODE,
@@ -117,7 +154,11 @@ impl Termination {
 
     /// Until when the drain may work. What a former process resolved is in the record, and is not stretched.
     pub(super) fn limit_of(&self, record: &Record, standing: &Standing) -> Limit {
-        match (standing.deadline, record.deadline) {
+        self.limit(standing.deadline, record.deadline)
+    }
+
+    fn limit(&self, deadline: Option<Deadline>, counted: Option<Timestamp>) -> Limit {
+        match (deadline, counted) {
             (Some(Deadline::Hard(at)), _) => Limit::Hard(self.clock.moment(at)),
             (Some(Deadline::Soft(at)), _) => Limit::Soft(self.clock.moment(at)),
             (_, Some(at)) => Limit::Soft(self.clock.moment(at)),
@@ -128,11 +169,11 @@ impl Termination {
     /// Tells a running drain that the notices have another deadline now.
     pub(super) fn move_deadline(&mut self, standing: &Standing) {
         let Some(deadline) = standing.deadline.filter(|deadline| *deadline != Deadline::SoftByGrace) else { return };
-        let Hold::Ours(record) = &self.hold else { return };
-        if deadline.at() == record.deadline && deadline.is_hard() == record.hard {
+        let (Hold::Ours(record), Some(work)) = (&self.hold, &mut self.work) else { return };
+        if work.told.replace(deadline) == Some(deadline) {
             return;
         }
-        let limit = self.limit_of(record, standing);
+        let limit = self.limit_of(&record.clone(), standing);
         self.feed(Input::Deadline(limit));
     }
 
@@ -154,13 +195,15 @@ impl Termination {
         }
     }
 
-    pub(super) fn answered(&mut self, Answered { pod, ask, answer, aside }: Answered) {
+    pub(super) fn answered(&mut self, Answered { work, pod, ask, answer, aside }: Answered) {
         let unready = self.work.as_ref().is_some_and(|work| work.machine.is_unready(&pod));
         self.metrics.answered(&answer, unready);
         if let Some(aside) = aside {
             self.warned.once(&aside);
         }
-        self.feed(Input::Answered { pod, ask, answer });
+        if self.work.as_ref().is_some_and(|current| current.number == work) {
+            self.feed(Input::Answered { pod, ask, answer });
+        }
     }
 
     /// Lets the drain look at the clock, where it wanted to be woken by now.
@@ -169,6 +212,13 @@ impl Termination {
         if self.work.as_ref().and_then(|work| work.machine.next_wake()).is_some_and(|wake| wake <= now) {
             self.feed(Input::Tick);
         }
+        if let Some(work) = &mut self.work
+            && !work.machine.is_finished()
+            && work.next_word <= now
+        {
+            work.next_word = now.after(WORD_EVERY);
+            self.tell_progress();
+        }
     }
 
     fn feed(&mut self, input: Input) {
@@ -176,11 +226,15 @@ impl Termination {
         let Some(work) = &mut self.work else { return };
         let listed = matches!(input, Input::Listed(_));
         let was_finished = work.machine.is_finished();
+        let first_list = listed && !work.machine.was_listed();
         let effects = work.machine.step(input, now);
         let (stopping, finished) = (work.stopping, work.machine.is_finished());
         let left = work.machine.end().map_or(LONGEST_REQUEST, |end| end.since(now));
         let limit = (left / 4).clamp(SHORTEST_REQUEST, LONGEST_REQUEST);
         self.metrics.progress(work.machine.progress());
+        if first_list {
+            self.tell_listed();
+        }
         for effect in effects {
             match effect {
                 Effect::Note(note) => self.tell_note(note),
@@ -197,19 +251,20 @@ impl Termination {
     }
 
     fn carry_out(&mut self, effect: Effect, limit: Duration) {
-        let cluster = self.cluster.clone();
+        let (cluster, work) = (self.cluster.clone(), self.works);
         match effect {
             Effect::Evict { pod, grace_seconds } => {
                 self.requests.spawn(async move {
                     let answer = cluster.evict(&pod_ref(&pod), grace_seconds, limit).await;
-                    Answered { pod: pod.uid, ask: Ask::Evict, answer, aside: None }
+                    Answered { work, pod: pod.uid, ask: Ask::Evict, answer, aside: None }
                 });
             }
             Effect::Delete { pod, grace_seconds, message } => {
                 self.requests.spawn(async move {
                     let target = pod_ref(&pod);
+                    let began = Instant::now();
                     // The condition tells controllers why; a pod that cannot be marked is deleted all the same.
-                    let marked = cluster.mark(&target, DISRUPTION_REASON, &message, limit).await;
+                    let marked = cluster.mark(&target, DISRUPTION_REASON, &message, limit.min(MARK_LIMIT)).await;
                     let aside = match &marked {
                         Answer::Forbidden { message } => {
                             Some(format!("deleted pods do not get the condition DisruptionTarget: {message}"))
@@ -218,9 +273,15 @@ impl Termination {
                     };
                     let answer = match marked {
                         answer @ (Answer::Gone | Answer::Replaced) => answer,
-                        _ => cluster.delete(&target, Some(grace_seconds), limit).await,
+                        _ => {
+                            // The grace was counted before the condition was written.
+                            let spent = u32::try_from(began.elapsed().as_millis().div_ceil(1000)).unwrap_or(u32::MAX);
+                            let late = if began.elapsed() < SOON { 0 } else { spent };
+                            let grace_seconds = grace_seconds.saturating_sub(late).max(1);
+                            cluster.delete(&target, Some(grace_seconds), limit).await
+                        }
                     };
-                    Answered { pod: pod.uid, ask: Ask::Delete, answer, aside }
+                    Answered { work, pod: pod.uid, ask: Ask::Delete, answer, aside }
                 });
             }
             Effect::Note(note) => self.tell_note(note),
@@ -235,14 +296,10 @@ impl Termination {
         info!(kind, phase = phase.as_str(), cordon, "dry run: would write the record on the Node");
         self.hold = Hold::Rehearsed(phase);
         if standing.stage == Stage::Draining {
-            let limit = match standing.deadline {
-                Some(Deadline::Hard(at)) => Limit::Hard(self.clock.moment(at)),
-                Some(Deadline::Soft(at)) => Limit::Soft(self.clock.moment(at)),
-                _ => Limit::ByGrace,
-            };
+            let limit = self.limit(standing.deadline, None);
             // Nothing is sent, so nothing is answered: without a limit every pod is told at once.
             let settings = drain::Settings { max_in_flight: usize::MAX, ..self.drain_settings() };
-            self.work = Some(Work::begin(settings, limit, self.clock.now()));
+            self.start_work(settings, limit, standing.deadline);
         } else {
             self.metrics.ended(standing.kinds.first().copied(), tell::Ending::DryRun);
         }
@@ -253,7 +310,11 @@ impl Termination {
         let annotation = self.annotation();
         let standing = self.notices.standing(annotation, self.clock.wall());
         let progress = self.work.as_ref().map(Work::progress).unwrap_or_default();
-        info!(pods = progress.total, skipped = progress.skipped, "dry run: nothing was changed");
+        info!(
+            pods = progress.total,
+            skipped = progress.skipped,
+            "dry run: nothing was changed; still watching for notices, Ctrl-C ends it"
+        );
         self.metrics.ended(standing.kinds.first().copied(), tell::Ending::DryRun);
         self.work = None;
     }

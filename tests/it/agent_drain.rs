@@ -1,6 +1,7 @@
 //! The drain against a real API server, with the agent's own rights: what is asked, in which order, and how it ends.
 
 mod budgets;
+mod ends;
 mod rights;
 mod server;
 mod sorts;

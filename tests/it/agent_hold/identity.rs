@@ -63,6 +63,25 @@ async fn f30_a_node_that_was_made_again_for_the_same_machine_is_claimed() {
 }
 
 #[tokio::test]
+async fn f30_a_node_that_was_made_again_in_a_young_drain_is_drained_with_a_list_of_its_own() {
+    let Some(cp) = controlplane::shared() else { return };
+    let mut scene = Scene::new(cp, "young").await;
+    let _kubelet = scene.world.kubelet(&scene.node);
+    scene.world.run(&scene.node, NewPod::new("slow").exits_after(std::time::Duration::from_secs(5))).await;
+    let _agent = scene.seat.ready(&[]).await;
+    scene.interrupt(FAR);
+    scene.until_phase(Phase::Draining).await;
+    eventually("it is evicted", PATIENCE, || async { (scene.evictions().await == 1).then_some(()) }).await;
+    // Before the Node is watched: the next write finds out.
+    scene.node = scene.world.replace_node(&scene.node, json!({})).await;
+    scene.seat.imds.apply(Change::TargetState("Terminated".into()));
+    scene.until_phase(Phase::Draining).await;
+    scene.world.run(&scene.node, NewPod::new("after")).await;
+    scene.until_phase(Phase::Drained).await;
+    assert_eq!(scene.evictions().await, 2);
+}
+
+#[tokio::test]
 async fn f30_a_node_that_was_made_again_for_another_machine_is_refused() {
     let Some(cp) = controlplane::shared() else { return };
     let scene = Scene::new(cp, "others").await;

@@ -52,7 +52,7 @@ async fn maintenance_is_recorded_drained_moved_and_called_off() {
     scene.seat.imds.apply(Change::MaintenanceEnded { id: "e-1".into(), ending: Ending::Cancelled });
     let node = scene.until_released().await;
     assert!(label(&node, LABEL).is_none() && !owns(&node, "spotter-agent"));
-    agent.line("Cancelled").await;
+    agent.line("withdrawn").await;
     assert_eq!(agent.metric("spotter_cordons_released_total", &[("reason", "cancelled")]).await, 1.0);
     let patches = scene.patches().await;
     scene.idle().await;
