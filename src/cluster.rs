@@ -201,6 +201,16 @@ impl Reply {
     fn status(&self) -> Status {
         Status::read(&self.body)
     }
+
+    /// Whether only a request that its sender was allowed to make is answered so. The flow control and a broken server
+    /// answer before anybody looks at rights.
+    fn proves_authorization(&self) -> bool {
+        match self.code {
+            404 | 409 | 422 => true,
+            429 => self.status().cause("DisruptionBudget").is_some(),
+            _ => self.is_success(),
+        }
+    }
 }
 
 struct Inner {
@@ -275,11 +285,6 @@ impl Cluster {
         &self.0.node
     }
 
-    /// The URL of the API server, for messages.
-    pub fn server(&self) -> &str {
-        &self.0.server
-    }
-
     /// As whom requests are sent now.
     pub fn identity(&self) -> Identity {
         if self.0.direct.load(Ordering::Relaxed) { Identity::Direct } else { Identity::Node }
@@ -314,11 +319,13 @@ impl Cluster {
             }
             reply = second;
         }
-        let identity = reply.identity;
-        let facts = node::read(self, &reply)?;
-        self.0.direct.store(identity == Identity::Direct, Ordering::Relaxed);
-        self.announce(identity, &why);
-        Ok(facts)
+        let facts = node::read(self, &reply);
+        // Whatever was said to the credentials while the server was overloaded or broken says nothing about rights.
+        if reply.proves_authorization() {
+            self.0.direct.store(reply.identity == Identity::Direct, Ordering::Relaxed);
+            self.announce(reply.identity, &why);
+        }
+        facts
     }
 
     fn announce(&self, identity: Identity, why: &str) {
@@ -343,33 +350,46 @@ impl Cluster {
             .await
     }
 
-    /// Sends a request and reads the whole answer, whatever it is. Where the own node's identity is refused and was
-    /// only a belief, asks once more without it.
+    /// Sends a request and reads the whole answer, whatever it is. Where the identity is refused and was only a belief,
+    /// asks once more in the other one, and goes on with that where the answer proves that it is allowed.
     async fn exchange(&self, call: Call, lane: Lane, request: Outgoing, limit: Duration) -> Result<Reply, Error> {
         let until = Instant::now() + limit;
         let reply = self.once(call, lane, &request, self.identity(), until, limit).await?;
-        if !self.may_switch(&reply) {
-            return Ok(reply);
-        }
-        let again = self.once(call, lane, &request, Identity::Direct, until, limit).await?;
-        if matches!(again.code, 401 | 403) {
-            return Ok(reply);
-        }
-        self.switch_to_direct(&reply);
-        Ok(again)
+        let Some(other) = self.alternative(&reply) else { return Ok(reply) };
+        let again = self.once(call, lane, &request, other, until, limit).await?;
+        Ok(self.choose(reply, again))
     }
 
-    fn switch_to_direct(&self, refused: &Reply) {
-        self.0.direct.store(true, Ordering::Relaxed);
-        self.0.announced.store(false, Ordering::Relaxed);
-        self.announce(Identity::Direct, &refused.status().message);
+    /// As whom else to ask: directly where acting as the own node is refused, and as the own node where the credentials
+    /// themselves are not allowed to (the grant may have changed to the other kind meanwhile).
+    fn alternative(&self, reply: &Reply) -> Option<Identity> {
+        if self.0.choice != IdentityChoice::Auto || reply.code != 403 {
+            return None;
+        }
+        let status = reply.status();
+        match reply.identity {
+            Identity::Node => status.is_impersonation_refused().then_some(Identity::Direct),
+            Identity::Direct => status.cause("NamespaceTerminating").is_none().then_some(Identity::Node),
+        }
     }
 
-    fn may_switch(&self, reply: &Reply) -> bool {
-        self.0.choice == IdentityChoice::Auto
-            && reply.identity == Identity::Node
-            && reply.code == 403
-            && reply.status().is_impersonation_refused()
+    /// The answer to go by, of one that refused the identity and the one in the other identity.
+    fn choose(&self, refused: Reply, again: Reply) -> Reply {
+        if again.proves_authorization() {
+            self.switch(again.identity, &refused);
+            return again;
+        }
+        // A refusal of both is told as the first; what passes (flow control, a broken server) is asked again.
+        let passes = again.code == 429 || again.code >= 500;
+        if passes && again.identity == Identity::Direct { again } else { refused }
+    }
+
+    fn switch(&self, to: Identity, refused: &Reply) {
+        let direct = to == Identity::Direct;
+        if self.0.direct.swap(direct, Ordering::Relaxed) != direct {
+            self.0.announced.store(false, Ordering::Relaxed);
+            self.announce(to, &refused.status().message);
+        }
     }
 
     async fn once(
@@ -479,7 +499,10 @@ impl Cluster {
                     advice: if forced { error::GRANT_IMPERSONATION } else { error::GRANT },
                 }
             }
-            404 => Error::NotFound { resource: call.resource(), message: status.message },
+            404 if call.resource() == "nodes" => {
+                Error::NotFound { message: format!("there is no Node {:?}; check --node-name", self.0.node) }
+            }
+            404 => Error::NotFound { message: format!("{} not found: {}", call.resource(), status.message) },
             code => Error::Api { verb: call.verb(), resource: call.resource(), code, message: status.message },
         }
     }
@@ -493,9 +516,17 @@ fn unbuildable(error: kube::core::request::Error) -> Error {
     Error::config("a request", &error)
 }
 
+/// The longest wait that a server is obeyed in: no answer may put off a pod until after the end of its node.
+const PAUSE_MOST: Duration = Duration::from_secs(60);
+
+/// The wait that an answer asks for.
+fn pause(seconds: u64) -> Duration {
+    Duration::from_secs(seconds).min(PAUSE_MOST)
+}
+
 fn retry_after(headers: &http::HeaderMap) -> Option<Duration> {
     let seconds = headers.get(http::header::RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
-    Some(Duration::from_secs(seconds))
+    Some(pause(seconds))
 }
 
 /// A number of 0 up to 1 that differs each time. Spreads retries; nothing secret hangs on it.

@@ -14,14 +14,14 @@ use crate::{
     plan::{Owner, PodFacts, PodUid},
 };
 
-/// Of all annotations and labels only these are kept, by the rest of their keys.
+/// Of all annotations only these are kept, by the rest of their keys.
 const PREFIX: &str = "spotter.dev/";
 const MIRROR: &str = "kubernetes.io/config.mirror";
 const INITIAL_EVENTS_END: &str = "k8s.io/initial-events-end";
 /// What the API server itself fills in where a pod says nothing.
 const DEFAULT_GRACE_SECONDS: u32 = 30;
 
-/// Annotations or labels, filtered while they are read.
+/// Annotations, filtered while they are read.
 #[derive(Debug, Default)]
 pub(super) struct Notes {
     pub(super) ours: BTreeMap<String, String>,
@@ -37,7 +37,7 @@ impl<'de> Deserialize<'de> for Notes {
             type Value = Notes;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a map of annotations or labels")
+                f.write_str("a map of annotations")
             }
 
             fn visit_unit<E>(self) -> Result<Notes, E> {
@@ -72,7 +72,6 @@ pub(super) struct Metadata {
     pub(super) resource_version: String,
     deletion_timestamp: Option<Timestamp>,
     pub(super) annotations: Notes,
-    labels: Notes,
     owner_references: Option<Vec<OwnerReference>>,
 }
 
@@ -189,7 +188,7 @@ struct NodeInfo {
 
 impl RawNode {
     pub(super) fn facts(self) -> NodeFacts {
-        let Self { mut metadata, spec, status } = self;
+        let Self { metadata, spec, status } = self;
         let ready = status.conditions.unwrap_or_default().into_iter().find(|condition| condition.r#type == "Ready");
         NodeFacts {
             name: metadata.name,
@@ -201,7 +200,6 @@ impl RawNode {
                 .and_then(|ready| Some(Ready { ready: ready.status == "True", since: ready.last_transition_time? })),
             boot_id: status.node_info.boot_id,
             annotations: metadata.annotations.ours,
-            terminating_label: metadata.labels.ours.remove("terminating"),
         }
     }
 }
@@ -307,7 +305,6 @@ mod tests {
         assert!(facts.unschedulable && !facts.ready.unwrap().ready);
         assert_eq!(facts.record(), Some("{}"));
         assert_eq!(facts.annotations.len(), 2);
-        assert_eq!(facts.terminating_label.as_deref(), Some("manual"));
     }
 
     #[test]

@@ -35,12 +35,12 @@ pub enum Error {
     },
     /// 401.
     #[error(
-        "the API server {server} refused the credentials (401: {message}): the token or certificate has expired, or is not for this cluster"
+        "the API server {server} refused the credentials (401: {message}): the token or certificate has expired, is not for this cluster, or the pod that it is bound to was deleted"
     )]
     Unauthorized { server: String, message: String },
     /// 404.
-    #[error("{resource} not found: {message}")]
-    NotFound { resource: &'static str, message: String },
+    #[error("{message}")]
+    NotFound { message: String },
     /// Any other answer that is no success.
     #[error("the API server answered {code} to {verb} {resource}: {message}")]
     Api { verb: &'static str, resource: &'static str, code: u16, message: String },
@@ -102,11 +102,6 @@ impl Error {
     /// 403.
     pub fn is_forbidden(&self) -> bool {
         matches!(self, Self::Forbidden { .. })
-    }
-
-    /// 401.
-    pub fn is_unauthorized(&self) -> bool {
-        matches!(self, Self::Unauthorized { .. })
     }
 
     /// The HTTP status, where there was an answer.

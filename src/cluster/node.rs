@@ -44,8 +44,6 @@ pub struct NodeFacts {
     pub boot_id: String,
     /// Annotations that begin with `spotter.dev/`, by the rest of the key.
     pub annotations: BTreeMap<String, String>,
-    /// The value of `spotter.dev/terminating`.
-    pub terminating_label: Option<String>,
 }
 
 impl NodeFacts {

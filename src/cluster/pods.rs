@@ -13,8 +13,8 @@ use kube::core::{
 };
 use serde_json::json;
 
-use super::{Call, Cluster, Error, Lane, Outgoing, Reply, status::Status, unbuildable};
-use crate::plan::{Answer, PodFacts, PodUid};
+use super::{Call, Cluster, Error, Lane, Outgoing, Reply, pause, status::Status, unbuildable};
+use crate::plan::{Answer, PodUid};
 
 /// How long to wait after a 429 of the flow control that does not say so itself; it says 1 s wherever it does.
 const THROTTLE_PAUSE: Duration = Duration::from_secs(1);
@@ -25,12 +25,6 @@ pub struct PodRef {
     pub namespace: String,
     pub name: String,
     pub uid: PodUid,
-}
-
-impl From<&PodFacts> for PodRef {
-    fn from(facts: &PodFacts) -> Self {
-        Self { namespace: facts.namespace.clone(), name: facts.name.clone(), uid: facts.uid.clone() }
-    }
 }
 
 impl fmt::Display for PodRef {
@@ -111,7 +105,7 @@ fn classify(reply: &Reply, explain: impl FnOnce() -> String) -> Answer {
 /// A budget says so in its cause; everything else is the flow control (plain text, no Status).
 fn too_many(status: &Status, header: Option<Duration>) -> Answer {
     let seconds = status.details.as_ref().map_or(0, |details| details.retry_after_seconds);
-    let retry_after = (seconds > 0).then(|| Duration::from_secs(seconds)).or(header);
+    let retry_after = (seconds > 0).then(|| pause(seconds)).or(header);
     match status.cause("DisruptionBudget") {
         Some(cause) => {
             let message = if cause.message.is_empty() { &status.message } else { &cause.message };
@@ -205,6 +199,19 @@ mod tests {
         let text = "Too many requests, please try again later.\n";
         assert_eq!(answer(429, text), Answer::Throttled { retry_after: Some(THROTTLE_PAUSE) });
         assert_eq!(answer_with(429, text, Some(3)), Answer::Throttled { retry_after: Some(Duration::from_secs(3)) });
+    }
+
+    #[test]
+    fn no_server_puts_a_pod_off_for_longer_than_a_minute() {
+        let minute = Some(Duration::from_secs(60));
+        let body = r#"{"details":{"causes":[{"reason":"DisruptionBudget","message":"b"}],"retryAfterSeconds":86400},"code":429}"#;
+        assert_eq!(answer(429, body), Answer::Budget { message: "b".into(), retry_after: minute });
+        let headers = |value: &'static str| {
+            let name = http::header::RETRY_AFTER;
+            super::super::retry_after(&http::HeaderMap::from_iter([(name, http::HeaderValue::from_static(value))]))
+        };
+        assert_eq!((headers("86400"), headers("18446744073709551615")), (minute, minute));
+        assert_eq!((headers("7"), headers("Fri, 31 Dec 1999 23:59:59 GMT")), (Some(Duration::from_secs(7)), None));
     }
 
     #[test]

@@ -67,13 +67,14 @@ impl Cluster {
             Ok(feed) => return Ok(feed),
             Err(reply) => reply,
         };
-        if self.may_switch(&reply)
-            && let Ok(feed) = self.head(call, &request, Identity::Direct).await?
-        {
-            self.switch_to_direct(&reply);
-            return Ok(feed);
+        let Some(other) = self.alternative(&reply) else { return Err(self.refusal(call, &reply)) };
+        match self.head(call, &request, other).await? {
+            Ok(feed) => {
+                self.switch(other, &reply);
+                Ok(feed)
+            }
+            Err(again) => Err(self.refusal(call, &self.choose(reply, again))),
         }
-        Err(self.refusal(call, &reply))
     }
 
     async fn head<T: DeserializeOwned>(

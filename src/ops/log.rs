@@ -6,12 +6,17 @@ use std::{
 };
 
 use jiff::Timestamp;
-use tracing::level_filters::LevelFilter;
+use tracing::{Event, Level, Subscriber, level_filters::LevelFilter};
 use tracing_subscriber::{
     Layer, Registry,
     filter::Targets,
-    fmt::{MakeWriter, format::Writer, time::FormatTime},
+    fmt::{
+        FmtContext, FormatEvent, FormatFields, MakeWriter,
+        format::{DefaultFields, Writer},
+        time::FormatTime,
+    },
     layer::SubscriberExt,
+    registry::LookupSpan,
     util::SubscriberInitExt,
 };
 
@@ -61,8 +66,40 @@ where
 {
     let layer = tracing_subscriber::fmt::layer().with_timer(Utc).with_writer(writer);
     match format {
-        LogFormat::Text => layer.with_ansi(colour).with_target(false).boxed(),
-        LogFormat::Json => layer.json().flatten_event(true).boxed(),
+        LogFormat::Text => layer.with_ansi(colour).event_format(Plain).boxed(),
+        LogFormat::Json => layer.json().flatten_event(true).with_span_list(false).boxed(),
+    }
+}
+
+/// `TIME LEVEL message key=value`. What a span carries is for machines: it would push the message out of a person's
+/// sight on every line of a termination.
+#[derive(Debug, Clone, Copy)]
+struct Plain;
+
+impl<S> FormatEvent<S, DefaultFields> for Plain
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, DefaultFields>,
+        mut writer: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        let level = *event.metadata().level();
+        let ((dim, colour), reset) = match (writer.has_ansi_escapes(), level) {
+            (false, _) => (("", ""), ""),
+            (true, Level::ERROR) => (("\u{1b}[2m", "\u{1b}[31m"), "\u{1b}[0m"),
+            (true, Level::WARN) => (("\u{1b}[2m", "\u{1b}[33m"), "\u{1b}[0m"),
+            (true, Level::INFO) => (("\u{1b}[2m", "\u{1b}[32m"), "\u{1b}[0m"),
+            (true, Level::DEBUG) => (("\u{1b}[2m", "\u{1b}[34m"), "\u{1b}[0m"),
+            (true, Level::TRACE) => (("\u{1b}[2m", "\u{1b}[35m"), "\u{1b}[0m"),
+        };
+        write!(writer, "{dim}")?;
+        Utc.format_time(&mut writer)?;
+        write!(writer, "{reset} {colour}{:>5}{reset} ", level.as_str())?;
+        context.format_fields(writer.by_ref(), event)?;
+        writeln!(writer)
     }
 }
 
@@ -79,8 +116,6 @@ impl FormatTime for Utc {
 #[cfg(test)]
 mod tests {
     use std::sync::{Arc, Mutex};
-
-    use tracing::Level;
 
     use super::*;
 
@@ -124,7 +159,7 @@ mod tests {
         assert_eq!(line["pods"], 3);
         assert_eq!(line["level"], "INFO");
         assert_eq!(line["target"], "spotter::app");
-        assert_eq!(line["span"]["node"], "n1");
+        assert_eq!((&line["span"]["node"], line.get("spans")), (&"n1".into(), None));
         let time = line["timestamp"].as_str().unwrap();
         assert!(time.ends_with('Z') && time.len() == "2026-01-02T03:04:05.678Z".len(), "{time}");
         assert!(time.parse::<Timestamp>().is_ok());
@@ -133,7 +168,9 @@ mod tests {
     #[test]
     fn text_is_coloured_only_where_it_was_asked_for() {
         let plain = logged(LogFormat::Text, false);
-        assert!(plain.contains("drained pods=3") && plain.contains("node=\"n1\""), "{plain}");
+        let (time, rest) = plain.split_once(' ').unwrap();
+        assert_eq!(rest, " INFO drained pods=3\n", "the message comes first, and no span");
+        assert!(time.parse::<Timestamp>().is_ok(), "{time}");
         assert!(!plain.contains('\u{1b}') && !plain.contains("not shown"), "{plain}");
         assert!(logged(LogFormat::Text, true).contains('\u{1b}'));
     }

@@ -264,6 +264,106 @@ async fn a_later_refusal_of_impersonation_costs_one_request() {
     assert_eq!(server.seen().len(), 2);
 }
 
+const BUDGET: &str = r#"{"kind":"Status","status":"Failure","message":"Cannot evict pod","reason":"TooManyRequests","details":{"causes":[{"reason":"DisruptionBudget","message":"b"}]},"code":429}"#;
+const FORBIDDEN: &str = r#"{"kind":"Status","status":"Failure","message":"nodes \"n1\" is forbidden: User \"x\" cannot get resource","reason":"Forbidden","code":403}"#;
+
+#[tokio::test]
+async fn only_an_answer_that_proves_the_right_changes_the_identity() {
+    let status = |code: u16| format!(r#"{{"kind":"Status","status":"Failure","message":"m","code":{code}}}"#);
+    for (code, body, proves) in [
+        (201, "{}".to_owned(), true),
+        (404, status(404), true),
+        (409, status(409), true),
+        (422, status(422), true),
+        (429, BUDGET.to_owned(), true),
+        (429, "Too many requests, please try again later.".to_owned(), false),
+        (429, status(429), false),
+        (401, status(401), false),
+        (403, FORBIDDEN.to_owned(), false),
+        (500, status(500), false),
+        (503, "no".to_owned(), false),
+    ] {
+        let expected = if proves { Identity::Direct } else { Identity::Node };
+        let answer = body.clone();
+        let (_server, cluster) = Server::start(move |seen, _| match seen.user {
+            Some(_) => reply(403, NO_IMPERSONATION),
+            None => reply(code, answer.clone()),
+        })
+        .await;
+        let result = cluster.evict(&pod(), None, SECOND).await;
+        assert_eq!(cluster.identity(), expected, "an eviction, {code} {body}: {result:?}");
+        let throttled = matches!(result, Answer::Throttled { .. });
+        assert_eq!(throttled, code == 429 && !proves, "what passes is tried again: {code} {body}: {result:?}");
+
+        let answer = body.clone();
+        let (_server, cluster) = Server::start(move |seen, _| match seen.user {
+            Some(_) => reply(403, NO_IMPERSONATION),
+            None if code == 201 => reply(200, NODE),
+            None => reply(code, answer.clone()),
+        })
+        .await;
+        let _ = cluster.identify().await;
+        assert_eq!(cluster.identity(), expected, "the Node, {code} {body}");
+    }
+}
+
+#[tokio::test]
+async fn a_watch_changes_the_identity_only_where_it_is_allowed() {
+    for (code, expected) in [(200, Identity::Direct), (429, Identity::Node), (503, Identity::Node)] {
+        let (server, cluster) = Server::start(move |seen, _| match seen.user {
+            Some(_) => reply(403, NO_IMPERSONATION),
+            None => Reply { code, body: bookmark(4), hold: code == 200 },
+        })
+        .await;
+        let event = within(cluster.watch_pods().next()).await;
+        assert_eq!(event == PodEvent::Listed(Vec::new()), code == 200, "{event:?}");
+        assert_eq!((cluster.identity(), server.seen()[1].user.as_deref()), (expected, None), "{code}");
+    }
+}
+
+#[tokio::test]
+async fn rights_that_move_to_the_own_node_are_found_again() {
+    let moved = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let now = moved.clone();
+    let (server, cluster) = Server::start(move |seen, _| {
+        let moved = now.load(std::sync::atomic::Ordering::Relaxed);
+        match (&seen.user, moved) {
+            (Some(_), false) => reply(403, NO_IMPERSONATION),
+            (None, true) => reply(403, FORBIDDEN),
+            _ => reply(200, NODE),
+        }
+    })
+    .await;
+    cluster.identify().await.unwrap();
+    assert_eq!(cluster.identity(), Identity::Direct);
+    moved.store(true, std::sync::atomic::Ordering::Relaxed);
+    cluster.node(SECOND).await.unwrap();
+    assert_eq!(cluster.identity(), Identity::Node);
+    assert_eq!(server.seen().len(), 4, "once in vain each time");
+}
+
+#[tokio::test]
+async fn a_refusal_in_both_identities_changes_nothing() {
+    let (server, cluster) = Server::start(|seen, before| match (&seen.user, before) {
+        (Some(_), _) => reply(403, NO_IMPERSONATION),
+        (None, 1) => reply(200, NODE),
+        _ => reply(403, FORBIDDEN),
+    })
+    .await;
+    cluster.identify().await.unwrap();
+    let error = cluster.node(SECOND).await.unwrap_err();
+    assert!(error.to_string().starts_with("not allowed to get nodes: nodes"), "{error}");
+    assert_eq!((cluster.identity(), server.seen().len()), (Identity::Direct, 4));
+}
+
+#[tokio::test]
+async fn a_node_that_is_not_there_names_the_option() {
+    let (_server, cluster) = Server::start(|_, _| reply(404, r#"{"kind":"Status","code":404}"#)).await;
+    let error = cluster.node(SECOND).await.unwrap_err();
+    assert!(error.is_not_found());
+    assert_eq!(error.to_string(), r#"there is no Node "n1"; check --node-name"#);
+}
+
 #[tokio::test]
 async fn a_forced_identity_is_an_error_that_says_what_to_do() {
     let (server, cluster) = Server::start_as(IdentityChoice::Node, |_, _| reply(403, NO_IMPERSONATION)).await;

@@ -2,13 +2,16 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
+use jiff::Timestamp;
 use serde_json::json;
 
 use crate::{
     agent_drain::stage::{PATIENCE, Stage, assert_well},
     support::{
-        controlplane::{ControlPlane, Options, available},
+        controlplane::{ControlPlane, Options, available, shared},
+        eventually,
         fleet::{Budget, NewPod},
+        rights::apply,
     },
 };
 
@@ -107,5 +110,52 @@ async fn a_server_that_is_down_at_start_is_waited_for() {
     cp.restart_apiserver();
     let record = stage.phase("drained").await;
     assert_eq!(record["outcome"]["gone"], 5, "{record}");
+    assert_well(&spotter);
+}
+
+/// A webhook that never answers keeps every eviction on the wire for ten seconds: what is written on the Node meanwhile
+/// does not wait behind them.
+#[tokio::test]
+async fn f1_a_write_on_the_node_does_not_wait_for_evictions() {
+    let Some(cp) = shared() else { return };
+    let stage = Stage::new(cp, "stalled").await;
+    let deaf = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("https://{}/", deaf.local_addr().unwrap());
+    let webhook = json!({"apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingWebhookConfiguration",
+        "metadata": {"name": stage.world.namespace}, "webhooks": [{"name": "deaf.spotter.test", "clientConfig": {"url": url},
+            "admissionReviewVersions": ["v1"], "sideEffects": "None", "failurePolicy": "Fail", "timeoutSeconds": 10,
+            "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": stage.world.namespace}},
+            "rules": [{"apiGroups": [""], "apiVersions": ["v1"], "operations": ["CREATE"],
+                "resources": ["pods/eviction"]}]}]});
+    stage.world.run_many(&stage.node, 60, |i| NewPod::new(format!("web-{i}"))).await;
+    apply(stage.world.client(), &webhook).await;
+    // In force a moment after it is stored.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let spotter = stage.started(&[]).await;
+    stage.scale_in();
+    let in_flight = [("target", "kubernetes")];
+    eventually("all evictions are on the wire", PATIENCE, || async {
+        stage.metrics().await.metric("spotter_requests_in_flight", &in_flight).is_some_and(|n| n >= 60.0).then_some(())
+    })
+    .await;
+    let told = Timestamp::now();
+    stage.interrupt(100);
+    eventually("the escalation stands on the Node", PATIENCE, || async {
+        stage.record().await.filter(|record| record["kinds"][0] == "spot-interruption")
+    })
+    .await;
+    assert_eq!(stage.metrics().await.metric("spotter_requests_in_flight", &in_flight).map(|n| n >= 60.0), Some(true));
+    // The audit log shows a request when it was answered.
+    let asked = eventually("the evictions are answered", PATIENCE, || async {
+        let asked = stage.asked().await;
+        (asked.count("create", "pods/eviction") >= 60).then_some(asked)
+    })
+    .await;
+    let writes = asked.of("patch", "nodes");
+    let write = writes.iter().find(|request| request.received > told).expect("the escalation");
+    assert!(write.answered.duration_since(told).as_millis() < 5_000, "{told} {write:?}");
+    let evictions = asked.of("create", "pods/eviction");
+    let meanwhile = evictions.iter().filter(|r| r.received < write.received && r.answered > write.answered).count();
+    assert!(meanwhile >= 60, "only {meanwhile} were on the wire: {write:?}");
     assert_well(&spotter);
 }
