@@ -33,17 +33,17 @@ fn actors() -> impl Strategy<Value = Vec<Actor>> {
     prop::collection::vec(actor, 0..30)
 }
 
-/// What the watch of the random world does, by the second.
+/// What the watch of the random world does.
 #[derive(Debug, Clone, Default)]
 struct Watch {
-    /// When the first list comes, if it does.
+    /// The second at which the first list comes, if it does.
     list_at: Option<u32>,
-    /// When the pods are listed again, and which of them that list does not know: a cache that is behind. A true list
-    /// comes a second later.
-    relist: Option<(u32, Vec<usize>)>,
+    /// How many milliseconds later the pods are listed again, and which of them that list does not know: a cache that
+    /// is behind. A true list comes a moment later, also while requests are under way.
+    relist: Option<(u64, Vec<usize>)>,
     /// Pods that were asked to stop are shown so.
     shows_stopping: bool,
-    /// The deadline is told again every so often.
+    /// The deadline is told again every so many seconds.
     retold_every: Option<u32>,
 }
 
@@ -55,7 +55,7 @@ impl Watch {
 
 fn watches() -> impl Strategy<Value = Watch> {
     let list_at = prop_oneof![4 => Just(Some(0)), 2 => (0..100_u32).prop_map(Some), 1 => Just(None)];
-    let relist = prop::option::of((1..120_u32, prop::collection::vec(0..30_usize, 0..8)));
+    let relist = prop::option::of((prop_oneof![1..150_u64, 1..120_000_u64], prop::collection::vec(0..30_usize, 0..8)));
     (list_at, relist, any::<bool>(), prop::option::of(1..20_u32)).prop_map(
         |(list_at, relist, shows_stopping, retold_every)| Watch { list_at, relist, shows_stopping, retold_every },
     )
@@ -240,8 +240,8 @@ impl World {
             }
         }
         if let (Some(first), Some((at, unknown))) = (self.watch.list_at, self.watch.relist.clone()) {
-            self.events.push((millis(first + at), Event::List(unknown)));
-            self.events.push((millis(first + at + 1), Event::List(Vec::new())));
+            self.events.push((millis(first) + at, Event::List(unknown)));
+            self.events.push((millis(first) + at + 20, Event::List(Vec::new())));
         }
         self.events.extend(self.watch.retold_every.map(|every| (millis(every), Event::Retold)));
         self.events.extend(escalation.map(|(at, limit)| (at, Event::Deadline(limit))));
