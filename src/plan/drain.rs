@@ -12,16 +12,43 @@
 
 mod answer;
 mod pod;
+mod seen;
+mod window;
 
 use std::time::Duration;
 
 use crate::plan::{
     Answer, Moment, PodFacts, PodUid,
     budget::{Budget, Limit, SOFT_SLACK},
-    classify::{Classified, Rules, Skip, Verdict, classify},
+    classify::{Rules, Skip},
 };
 pub use answer::Why;
 use pod::{Pod, State};
+use window::Window;
+
+/// How long a drain whose deadline hangs on its pods waits for their list.
+const UNLISTED_WORK: Duration = SOFT_SLACK.saturating_add(Duration::from_secs(30));
+/// A soft deadline that is nearer than this when it becomes known (a maintenance whose start has passed) is no deadline:
+/// the machine goes when the drain is done, so the pods have their own grace.
+const LEAST_SOFT_WORK: Duration = Duration::from_secs(10);
+/// Moments that come from the wall clock differ a little each time they are computed, and deadlines by seconds.
+const SAME_LIMIT: Duration = Duration::from_millis(500);
+
+/// Whether both say the same.
+fn is_same(a: Limit, b: Limit) -> bool {
+    match (a, b) {
+        (Limit::Hard(a), Limit::Hard(b)) | (Limit::Soft(a), Limit::Soft(b)) => a.since(b).max(b.since(a)) < SAME_LIMIT,
+        _ => a == b,
+    }
+}
+
+/// The limit that holds where `told` becomes known at `now`.
+fn effective(told: Limit, now: Moment) -> Limit {
+    match told {
+        Limit::Soft(at) if at < now.after(LEAST_SOFT_WORK) => Limit::ByGrace,
+        _ => told,
+    }
+}
 
 /// What happens to a pod that a budget still protects at its latest start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -136,8 +163,16 @@ pub struct Stamps {
 pub struct Drain {
     settings: Settings,
     budget: Budget,
+    /// The limit as it was told last.
+    told: Limit,
     /// In the order in which they are asked.
     pods: Vec<Pod>,
+    unsorted: bool,
+    /// Pods that are not among `pods` any more.
+    forgotten: Progress,
+    /// How many pods were bound late, and until when those that wait for each other are asked.
+    late: u64,
+    late_until: Moment,
     listed: bool,
     in_flight: usize,
     window: Window,
@@ -145,49 +180,20 @@ pub struct Drain {
     finished: bool,
 }
 
-/// The limit on requests in flight: halved when the API server throttles, grown by one for each full window answered.
-#[derive(Debug)]
-struct Window {
-    size: f64,
-    most: f64,
-    cut_at: Option<Moment>,
-}
-
-/// However much the API server throttles, this many requests stay in flight.
-const LEAST_IN_FLIGHT: f64 = 4.0;
-
-impl Window {
-    fn new(most: usize) -> Self {
-        let most = most.max(1) as f64;
-        Self { size: most, most, cut_at: None }
-    }
-
-    /// One cut for each burst: answers to requests that were sent before the last cut do not count again.
-    fn throttled(&mut self, sent_at: Moment, now: Moment) {
-        if self.cut_at.is_none_or(|cut| sent_at >= cut) {
-            self.size = (self.size / 2.0).max(LEAST_IN_FLIGHT).min(self.most);
-            self.cut_at = Some(now);
-        }
-    }
-
-    fn answered(&mut self) {
-        self.size = (self.size + 1.0 / self.size).min(self.most);
-    }
-
-    fn has_room(&self, in_flight: usize) -> bool {
-        (in_flight as f64) < self.size.floor()
-    }
-}
-
 impl Drain {
     /// A drain that begins at `now`, when its limit became known.
     pub fn new(settings: Settings, limit: Limit, now: Moment) -> Self {
-        let budget = Budget { known_at: now, limit, margin: settings.margin };
+        let budget = Budget { known_at: now, limit: effective(limit, now), margin: settings.margin };
         let window = Window::new(settings.max_in_flight);
         Self {
             settings,
             budget,
+            told: limit,
             pods: Vec::new(),
+            unsorted: false,
+            forgotten: Progress::default(),
+            late: 0,
+            late_until: now,
             listed: false,
             in_flight: 0,
             window,
@@ -204,28 +210,33 @@ impl Drain {
             Input::Seen(facts) => self.seen(facts, now, &mut effects),
             Input::Gone(uid) => {
                 if let Some(index) = self.find(&uid) {
-                    self.gone(index, now, &mut effects);
+                    self.gone(index, true, now, &mut effects);
                 }
             }
             Input::Answered { pod, ask, answer } => self.answered(&pod, ask, answer, now, &mut effects),
-            Input::Deadline(limit) => self.set_limit(limit, now),
+            Input::Deadline(limit) => self.set_limit(limit, now, &mut effects),
             Input::Tick => {}
         }
-        if self.listed {
-            self.end_if_due(now, &mut effects);
-            self.ask_all(now, &mut effects);
-            self.finished = self.pods.iter().all(|pod| pod.state.is_settled());
+        if self.is_over(now) {
+            for pod in self.pods.iter_mut().filter(|pod| !pod.state.is_settled()) {
+                effects.push(pod.leave());
+            }
         }
+        if self.listed {
+            self.ask_all(now, &mut effects);
+        }
+        self.forget();
+        self.finished = (self.listed || self.is_over(now)) && self.pods.iter().all(|pod| pod.state.is_settled());
         effects
     }
 
-    /// Whether every pod has gone, is left alone, or was left at the end. It can become false again when a pod is bound
-    /// late or the deadline moves.
+    /// Whether every pod has gone, is left alone, or was left at the end; or the end came before the pods were listed
+    /// (see [`Self::was_listed`]). It can become false again when a pod is bound late or the deadline moves.
     pub fn is_finished(&self) -> bool {
         self.finished
     }
 
-    /// Whether listed.
+    /// Whether the pods of the node were listed. Where a drain ends without, nothing was asked of any pod.
     pub fn was_listed(&self) -> bool {
         self.listed
     }
@@ -251,20 +262,9 @@ impl Drain {
 
     /// How it stands.
     pub fn progress(&self) -> Progress {
-        let mut progress = Progress::default();
+        let mut progress = self.forgotten;
         for pod in &self.pods {
-            match &pod.state {
-                State::Skipped => {
-                    progress.skipped += 1;
-                    continue;
-                }
-                State::Gone => progress.gone += 1,
-                State::Left { .. } => progress.left += 1,
-                State::Terminating { .. } => progress.terminating += 1,
-                State::Due { .. } | State::Asked { .. } => progress.blocked += usize::from(pod.blocked.is_some()),
-            }
-            progress.total += 1;
-            progress.deleted += usize::from(pod.deletion_told && pod.state == State::Gone);
+            pod.count(&mut progress);
         }
         progress
     }
@@ -276,7 +276,12 @@ impl Drain {
 
     /// Until when the work goes on.
     pub fn end(&self) -> Option<Moment> {
-        self.budget.end()
+        let unlisted = self.budget.known_at.after(UNLISTED_WORK);
+        Some(self.budget.end().unwrap_or(unlisted))
+    }
+
+    fn is_over(&self, now: Moment) -> bool {
+        self.end().is_some_and(|end| now >= end)
     }
 
     /// The limit that holds now.
@@ -286,8 +291,11 @@ impl Drain {
 
     /// When to come back with [`Input::Tick`] if nothing happens before.
     pub fn next_wake(&self) -> Option<Moment> {
-        if !self.listed || self.finished {
+        if self.finished {
             return None;
+        }
+        if !self.listed {
+            return self.end();
         }
         let room = self.window.has_room(self.in_flight);
         let pods = self.pods.iter().filter_map(|pod| match pod.state {
@@ -296,78 +304,28 @@ impl Drain {
             State::Terminating { retry_at, .. } if room => retry_at,
             _ => None,
         });
-        pods.chain(self.budget.end()).min()
+        pods.chain(self.end()).min()
     }
 
-    fn find(&self, uid: &PodUid) -> Option<usize> {
-        self.pods.iter().position(|pod| pod.facts.uid == *uid)
-    }
-
-    fn listed(&mut self, list: Vec<PodFacts>, now: Moment, effects: &mut Vec<Effect>) {
-        for index in 0..self.pods.len() {
-            if !list.iter().any(|facts| facts.uid == self.pods[index].facts.uid) {
-                self.gone(index, now, effects);
-            }
-        }
-        for facts in list {
-            self.seen(facts, now, effects);
-        }
-        if !self.listed {
-            self.listed = true;
-            self.pods.sort_by_key(Pod::order);
-            self.settle_limit(now);
-        }
-    }
-
-    fn seen(&mut self, facts: PodFacts, now: Moment, effects: &mut Vec<Effect>) {
-        match self.find(&facts.uid) {
-            Some(index) => {
-                let ended = facts.finished;
-                self.pods[index].update(facts);
-                if ended {
-                    self.gone(index, now, effects);
-                }
-            }
-            None => self.appeared(facts, now, effects),
-        }
-    }
-
-    fn appeared(&mut self, facts: PodFacts, now: Moment, effects: &mut Vec<Effect>) {
-        let Classified { verdict, bad_annotation } = classify(&facts, &self.settings.rules);
-        let (tier, skip) = match verdict {
-            Verdict::Skip(skip) => (None, Some(skip)),
-            Verdict::Evict(tier) => (Some(tier), None),
-        };
-        let pod = Pod::new(facts, tier, now);
-        if let Some(value) = bad_annotation {
-            effects.push(pod.note(News::BadAnnotation(value)));
-        }
-        if let Some(skip) = skip {
-            effects.push(pod.note(News::Skipped(skip)));
-        }
-        self.pods.push(pod);
-    }
-
-    fn gone(&mut self, index: usize, now: Moment, effects: &mut Vec<Effect>) {
-        let pod = &mut self.pods[index];
-        if matches!(pod.state, State::Gone | State::Skipped) {
+    fn set_limit(&mut self, limit: Limit, now: Moment, effects: &mut Vec<Effect>) {
+        // Told again: what was known since then stays known since then.
+        if is_same(limit, self.told) || is_same(limit, self.budget.limit) {
             return;
         }
-        // The answer to a request under way still comes, and is counted then.
-        pod.state = State::Gone;
-        pod.blocked = None;
-        self.stamps.last_gone = Some(now);
-        effects.extend(pod.tell_deletion());
-        effects.push(pod.note(News::Gone));
-    }
-
-    fn set_limit(&mut self, limit: Limit, now: Moment) {
-        self.budget = Budget { known_at: now, limit, margin: self.settings.margin };
+        self.told = limit;
+        self.budget = Budget { known_at: now, limit: effective(limit, now), margin: self.settings.margin };
+        for index in 0..self.pods.len() {
+            self.pods[index].limit_changed(now);
+            self.judge(index, now, effects);
+        }
         if self.listed {
             self.settle_limit(now);
         }
         for pod in &mut self.pods {
-            pod.limit_changed(now);
+            let latest = self.budget.latest_start(pod.facts.grace_seconds);
+            if let (State::Due { at }, Some(latest)) = (&mut pod.state, latest) {
+                *at = latest.max(now).min(*at);
+            }
         }
     }
 
@@ -390,16 +348,10 @@ impl Drain {
         if delete && pod.was_asked() { self.budget.latest_start(pod.facts.grace_seconds) } else { None }
     }
 
-    fn end_if_due(&mut self, now: Moment, effects: &mut Vec<Effect>) {
-        if self.budget.end().is_none_or(|end| now < end) {
-            return;
-        }
-        for pod in self.pods.iter_mut().filter(|pod| !pod.state.is_settled()) {
-            effects.push(pod.leave());
-        }
-    }
-
     fn ask_all(&mut self, now: Moment, effects: &mut Vec<Effect>) {
+        if std::mem::take(&mut self.unsorted) {
+            self.pods.sort_by_key(Pod::order);
+        }
         for pod in &mut self.pods {
             pod.forget_past_retry(now);
         }

@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use crate::plan::{
     Answer, Moment, PodUid,
-    drain::{Ask, Drain, Effect, News, pod::State},
+    drain::{
+        Ask, Drain, Effect, News,
+        pod::{Request, State},
+    },
 };
 
 /// Budgets change when replacements become ready elsewhere, which takes seconds: ask again after one, and never wait
@@ -26,6 +29,13 @@ const THROTTLED_RETRY: Duration = Duration::from_secs(1);
 const CACHE_LAG: Duration = Duration::from_secs(5);
 
 const DELETE_RETRY_MOST: Duration = Duration::from_secs(1);
+/// Whatever the other side asks for, nothing waits longer: a deadline is near, and a number may be wrong.
+const OUTSIDE_WAIT_MOST: Duration = Duration::from_secs(60);
+
+/// A wait that was asked for from outside, as far as it is followed.
+fn bounded(wait: Duration) -> Duration {
+    wait.min(OUTSIDE_WAIT_MOST)
+}
 
 /// Why a pod cannot be evicted now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,15 +80,18 @@ struct Setback {
 
 impl Drain {
     pub(super) fn answered(&mut self, uid: &PodUid, ask: Ask, answer: Answer, now: Moment, effects: &mut Vec<Effect>) {
-        self.in_flight = self.in_flight.saturating_sub(1);
         let Some(index) = self.find(uid) else { return };
-        let State::Asked { sent_at, grace, before } = self.pods[index].state else {
+        // No request of this drain: nothing is known of it, and nothing waits for it.
+        let Some(request) = self.pods[index].request.take() else { return };
+        self.in_flight = self.in_flight.saturating_sub(1);
+        let Request { sent_at, grace, before } = request;
+        if !matches!(self.pods[index].state, State::Asked(_)) {
             // It went, or was given up, while the request was under way.
             if answer == Answer::Accepted {
-                self.accepted_at(now);
+                self.accepted(index, request, now);
             }
             return;
-        };
+        }
         match answer {
             Answer::Throttled { .. } => self.window.throttled(sent_at, now),
             Answer::Unknown { .. } => {}
@@ -87,13 +100,14 @@ impl Drain {
         match answer {
             Answer::Accepted => {
                 effects.extend(self.pods[index].tell_deletion());
-                self.accepted(index, grace, sent_at, now);
+                self.accepted(index, request, now);
             }
             Answer::Gone if self.may_be_too_new(index, now) => {
                 let wait = self.pods[index].back_off(LOST_RETRY, LOST_RETRY_MOST);
                 self.pods[index].set_back(now.after(wait), grace, before);
+                self.judge(index, now, effects);
             }
-            Answer::Gone | Answer::Replaced => self.gone(index, now, effects),
+            Answer::Gone | Answer::Replaced => self.gone(index, false, now, effects),
             other => {
                 if !matches!(other, Answer::Unknown { .. }) {
                     // It was not carried out.
@@ -105,7 +119,11 @@ impl Drain {
                     setback.wait = setback.wait.min(DELETE_RETRY_MOST);
                 }
                 self.pods[index].set_back(now.after(setback.wait), grace, before);
-                self.tell(index, setback.why, now, effects);
+                // It may have been annotated while it was asked.
+                self.judge(index, now, effects);
+                if self.pods[index].state != State::Skipped {
+                    self.tell(index, setback.why, now, effects);
+                }
             }
         }
     }
@@ -116,23 +134,10 @@ impl Drain {
         now.since(self.pods[index].seen_at) < CACHE_LAG
     }
 
-    fn accepted_at(&mut self, now: Moment) {
+    fn accepted(&mut self, index: usize, request: Request, now: Moment) {
         self.stamps.first_accepted.get_or_insert(now);
         self.stamps.last_accepted = Some(now);
-    }
-
-    fn accepted(&mut self, index: usize, grace: Option<u32>, sent_at: Moment, now: Moment) {
-        self.accepted_at(now);
-        let pod = &mut self.pods[index];
-        let seconds = grace.unwrap_or(pod.facts.grace_seconds);
-        pod.blocked = None;
-        pod.tries = 0;
-        // Counted from when it was sent: the server's clock for it started no earlier, so it ends no earlier either.
-        pod.state = State::Terminating {
-            until: sent_at.after(Duration::from_secs(seconds.into())),
-            asked: Some(seconds),
-            retry_at: None,
-        };
+        self.pods[index].accepted(request);
     }
 
     /// How long to wait after `answer`, and what a person should know about it.
@@ -144,7 +149,7 @@ impl Drain {
                 // A budget that is still being processed (it says when to come back) says nothing about the pod.
                 let ready = pod.facts.ready || retry_after.is_some();
                 let why = if ready { Why::Budget } else { Why::Unhealthy };
-                let wait = retry_after.unwrap_or_else(|| plain(BUDGET_RETRY, BUDGET_RETRY_MOST));
+                let wait = retry_after.map(bounded).unwrap_or_else(|| plain(BUDGET_RETRY, BUDGET_RETRY_MOST));
                 Setback { wait, why: Some((why, message)) }
             }
             Answer::MultipleBudgets { message } => {
@@ -152,7 +157,7 @@ impl Drain {
             }
             Answer::Throttled { retry_after } => {
                 // Later by up to half again, so that those who were refused together do not return together.
-                let wait = retry_after.unwrap_or(THROTTLED_RETRY);
+                let wait = retry_after.map_or(THROTTLED_RETRY, bounded);
                 Setback { wait: wait.mul_f64(1.0 + 0.5 * pod.spread()), why: None }
             }
             Answer::NamespaceTerminating => {

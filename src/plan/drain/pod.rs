@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::plan::{
     Moment, PodFacts,
     classify::Tier,
-    drain::{Effect, News, Note, Target, answer::Why},
+    drain::{Effect, News, Note, Progress, Target, answer::Why},
 };
 
 /// Where a pod stands.
@@ -14,26 +14,36 @@ pub(super) enum State {
     /// Not ours to touch.
     Skipped,
     /// To be asked at `at`.
-    Due {
-        at: Moment,
-    },
+    Due { at: Moment },
     /// A request is under way.
-    Asked {
-        sent_at: Moment,
-        grace: Option<u32>,
-        before: Before,
-    },
+    Asked(Request),
     /// It is stopping. `asked` is the grace that we asked for; `None` where somebody else did, or it is its own.
-    Terminating {
-        until: Moment,
-        asked: Option<u32>,
-        retry_at: Option<Moment>,
-    },
-    Gone,
-    /// The time was up. `stopping`: it had been asked to stop by then, until when and with which grace.
-    Left {
-        stopping: Option<(Moment, Option<u32>)>,
-    },
+    Terminating { until: Moment, asked: Option<u32>, retry_at: Option<Moment> },
+    /// `proven`: the watch said so, or its containers have ended. Otherwise it was concluded from an answer or from a
+    /// list, which may come from a cache that is behind, and a pod that is seen again is taken up again.
+    Gone { proven: bool, stopping: Stopping },
+    /// The time was up.
+    Left { stopping: Stopping },
+}
+
+/// Where a pod had been asked to stop: until when, and with which grace.
+type Stopping = Option<(Moment, Option<u32>)>;
+
+/// A request under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Request {
+    pub(super) sent_at: Moment,
+    pub(super) grace: Option<u32>,
+    pub(super) before: Before,
+}
+
+impl Request {
+    /// Until when a pod whose own grace is `own` has to stop once the request is accepted, and the grace that this is.
+    fn granted(&self, own: u32) -> (Moment, Option<u32>) {
+        let seconds = self.grace.unwrap_or(own);
+        // Counted from when it was sent: the server's clock for it started no earlier, so it ends no earlier either.
+        (self.sent_at.after(Duration::from_secs(seconds.into())), Some(seconds))
+    }
 }
 
 /// What a pod under request was before, for when the request comes to nothing.
@@ -46,7 +56,7 @@ pub(super) enum Before {
 impl State {
     /// Nothing is expected to happen to it any more.
     pub(super) fn is_settled(&self) -> bool {
-        matches!(self, Self::Skipped | Self::Gone | Self::Left { .. })
+        matches!(self, Self::Skipped | Self::Gone { .. } | Self::Left { .. })
     }
 }
 
@@ -55,8 +65,12 @@ pub(super) struct Pod {
     pub(super) facts: PodFacts,
     pub(super) tier: Tier,
     pub(super) state: State,
-    /// When it was first seen.
+    /// The request under way, also where the pod went, or was given up, meanwhile.
+    pub(super) request: Option<Request>,
+    /// When it was first seen, or seen again after it had been taken for gone.
     pub(super) seen_at: Moment,
+    /// When it was found to be gone.
+    pub(super) gone_at: Option<Moment>,
     /// Requests that were answered without effect, for the back-off.
     pub(super) tries: u32,
     /// Why it cannot be evicted now.
@@ -85,7 +99,9 @@ impl Pod {
             facts,
             tier: tier.unwrap_or(Tier::Normal),
             state,
+            request: None,
             seen_at: now,
+            gone_at: None,
             tries: 0,
             blocked: None,
             told: Vec::new(),
@@ -134,7 +150,80 @@ impl Pod {
             State::Terminating { until, asked, .. } => Before::Terminating { until, asked },
             _ => Before::Due,
         };
-        self.state = State::Asked { sent_at: now, grace, before };
+        let request = Request { sent_at: now, grace, before };
+        self.request = Some(request);
+        self.state = State::Asked(request);
+    }
+
+    /// A request was accepted. Where the pod went, or was given up, before, this is kept for when it is taken up again.
+    pub(super) fn accepted(&mut self, request: Request) {
+        let (until, asked) = request.granted(self.facts.grace_seconds);
+        match &mut self.state {
+            State::Gone { stopping, .. } | State::Left { stopping } => *stopping = Some((until, asked)),
+            State::Asked(_) => {
+                self.blocked = None;
+                self.tries = 0;
+                self.state = State::Terminating { until, asked, retry_at: None };
+            }
+            State::Skipped | State::Due { .. } | State::Terminating { .. } => {}
+        }
+    }
+
+    fn stopping(&self) -> Stopping {
+        match self.state {
+            State::Terminating { until, asked, .. }
+            | State::Asked(Request { before: Before::Terminating { until, asked }, .. }) => Some((until, asked)),
+            State::Gone { stopping, .. } | State::Left { stopping } => stopping,
+            State::Skipped | State::Due { .. } | State::Asked(_) => None,
+        }
+    }
+
+    pub(super) fn is_gone(&self) -> bool {
+        matches!(self.state, State::Gone { .. })
+    }
+
+    /// It went. False where this is no news.
+    pub(super) fn gone(&mut self, proven: bool, now: Moment) -> bool {
+        self.gone_at.get_or_insert(now);
+        let stopping = self.stopping();
+        let news = !matches!(self.state, State::Skipped | State::Gone { .. });
+        self.state = match self.state {
+            State::Skipped => State::Skipped,
+            State::Gone { proven: known, .. } => State::Gone { proven: proven || known, stopping },
+            // The answer to a request under way still comes, and is counted then.
+            _ => State::Gone { proven, stopping },
+        };
+        if news {
+            self.blocked = None;
+        }
+        news
+    }
+
+    /// It is to go after all: back to where it stood.
+    pub(super) fn reopen(&mut self, now: Moment) {
+        let stopping = self.stopping().or(self.facts.terminating_until.map(|until| (until, None)));
+        self.gone_at = None;
+        self.state = match (self.request, stopping) {
+            (Some(request), _) => State::Asked(request),
+            (None, Some((until, asked))) => State::Terminating { until, asked, retry_at: None },
+            (None, None) => State::Due { at: now },
+        };
+    }
+
+    /// Counts it.
+    pub(super) fn count(&self, progress: &mut Progress) {
+        match &self.state {
+            State::Skipped => {
+                progress.skipped += 1;
+                return;
+            }
+            State::Gone { .. } => progress.gone += 1,
+            State::Left { .. } => progress.left += 1,
+            State::Terminating { .. } => progress.terminating += 1,
+            State::Due { .. } | State::Asked(_) => progress.blocked += usize::from(self.blocked.is_some()),
+        }
+        progress.total += 1;
+        progress.deleted += usize::from(self.deletion_told && self.is_gone());
     }
 
     /// A request came to nothing: back to where the pod stood, to be asked again at `at`.
@@ -160,12 +249,7 @@ impl Pod {
     /// A new deadline: what was left is tried again, what waited is asked again soon.
     pub(super) fn limit_changed(&mut self, now: Moment) {
         match self.state {
-            State::Left { stopping } => {
-                self.state = match stopping.or(self.facts.terminating_until.map(|until| (until, None))) {
-                    Some((until, asked)) => State::Terminating { until, asked, retry_at: None },
-                    None => State::Due { at: now },
-                };
-            }
+            State::Left { .. } => self.reopen(now),
             State::Terminating { until, asked, .. } => {
                 self.state = State::Terminating { until, asked, retry_at: None };
             }
@@ -186,12 +270,7 @@ impl Pod {
             (_, Some(why)) => format!("{}: {}", why.as_str(), self.last_message),
             _ => "the API server gave no answer in time".to_owned(),
         };
-        let stopping = match self.state {
-            State::Terminating { until, asked, .. } => Some((until, asked)),
-            State::Asked { before: Before::Terminating { until, asked }, .. } => Some((until, asked)),
-            _ => None,
-        };
-        self.state = State::Left { stopping };
+        self.state = State::Left { stopping: self.stopping() };
         self.note(News::Left { message })
     }
 
