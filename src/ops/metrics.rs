@@ -227,6 +227,19 @@ mod tests {
     }
 
     #[test]
+    fn every_page_is_in_the_same_order() {
+        let buckets = r#"a_bucket{x="1",le="2.0"} 1
+a_bucket{x="1",le="10.0"} 1
+a_sum{x="1"} 1
+"#;
+        let page =
+            |first: &str, second: &str| format!("# TYPE a histogram\n{first}{second}# TYPE b gauge\nb 1\n# EOF\n");
+        let other = buckets.replace("x=\"1\"", "x=\"0,}\"");
+        assert_eq!(sorted(&page(buckets, &other)), page(&other, buckets));
+        assert_eq!(sorted(&page(&other, buckets)), page(&other, buckets));
+    }
+
+    #[test]
     fn the_older_format_names_families_like_their_samples() {
         let mut metrics = MetricsRegistry::new("agent");
         metrics.register("spotter_notices", "Notices seen", Counter::<u64>::default());
