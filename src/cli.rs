@@ -9,11 +9,15 @@ use std::{
     path::Path,
 };
 
-use clap::{ArgMatches, ColorChoice, Command, error::ErrorKind};
+use clap::{
+    ArgMatches, ColorChoice, Command,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
 
 use crate::{
-    config::{LogFormat, LogLevel},
+    config::{LogFormat, LogLevel, options::find},
     ops::{REVISION, VERSION, log},
+    rehearsal::imds::ScriptKind,
 };
 
 /// The program's name, and what a kubectl plugin of it is called.
@@ -47,9 +51,9 @@ impl Failure {
 /// Reads the command line and does what it says.
 pub async fn run(arguments: impl IntoIterator<Item = OsString>) -> Result<(), Failure> {
     let arguments: Vec<OsString> = arguments.into_iter().collect();
-    let matches = match command(arguments.first()).try_get_matches_from(arguments) {
+    let matches = match command(arguments.first()).try_get_matches_from(&arguments) {
         Ok(matches) => matches,
-        Err(error) => return explain(&error),
+        Err(error) => return explain(&hinted(error, &arguments)),
     };
     match matches.subcommand() {
         Some(("run", matches)) => run::run(matches).await,
@@ -85,6 +89,31 @@ fn version() -> String {
 
 fn colour() -> bool {
     std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()) && io::stderr().is_terminal()
+}
+
+/// Says what was meant by a word that stands alone: `--dry-run yes`, `imds spot`.
+fn hinted(mut error: clap::Error, arguments: &[OsString]) -> clap::Error {
+    let Some(ContextValue::String(word)) = error.get(ContextKind::InvalidArg).cloned() else { return error };
+    if error.kind() != ErrorKind::UnknownArgument {
+        return error;
+    }
+    let before = arguments.windows(2).find_map(|pair| match pair {
+        [before, at] if at.to_str() == Some(&word) => before.to_str(),
+        _ => None,
+    });
+    let option = before.and_then(|before| find(before.strip_prefix("--")?)).filter(|spec| spec.boolean);
+    let mean = match option {
+        Some(option) if arguments.get(1).is_some_and(|verb| verb == "run") => {
+            let no = ["false", "no", "off", "0", "n"].contains(&word.as_str());
+            format!("--{}={}", option.name, !no)
+        }
+        _ if arguments.get(1).is_some_and(|verb| verb == "imds") && ScriptKind::parse(&word).is_ok() => {
+            format!("--notice {word}")
+        }
+        _ => return error,
+    };
+    error.insert(ContextKind::Suggested, ContextValue::StyledStrs(vec![format!("write {mean}").into()]));
+    error
 }
 
 /// Help and version were asked for and go to stdout; everything else is wrong usage.
@@ -130,6 +159,24 @@ mod tests {
     #[test]
     fn the_grammar_is_sound() {
         command(None).debug_assert();
+    }
+
+    #[test]
+    fn a_word_that_stands_alone_is_explained() {
+        let told = |line: &str| {
+            let arguments: Vec<OsString> = line.split(' ').map(Into::into).collect();
+            let error = command(None).try_get_matches_from(&arguments).unwrap_err();
+            hinted(error, &arguments).to_string()
+        };
+        for (line, hint) in [
+            ("spotter run --dry-run yes", "write --dry-run=true\n"),
+            ("spotter run --events off", "write --events=false\n"),
+            ("spotter imds spot", "write --notice spot\n"),
+        ] {
+            let text = told(line);
+            assert!(text.contains(hint), "{text}");
+        }
+        assert!(!told("spotter run --node-name a yes").contains("write"));
     }
 
     #[test]

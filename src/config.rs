@@ -78,7 +78,7 @@ pub struct Imds {
 /// How to reach the API server, and what to write there besides the drain itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Kubernetes {
-    /// `None`: `KUBECONFIG`, otherwise the pod's own ServiceAccount.
+    /// `None`: in a pod its ServiceAccount, otherwise `KUBECONFIG` or `~/.kube/config`.
     pub kubeconfig: Option<PathBuf>,
     /// `None`: the kubeconfig's current one.
     pub context: Option<String>,

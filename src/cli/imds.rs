@@ -149,7 +149,7 @@ pub async fn run(matches: &ArgMatches) -> anyhow::Result<()> {
     let (tell, happenings) = mpsc::unbounded_channel();
     let mock = MockImds::bind(listen, machine)
         .await
-        .with_context(|| format!("cannot listen on {listen}: choose another address with --listen"))?
+        .with_context(|| format!("cannot listen on {listen} (--listen)"))?
         .script(script)
         .tell(tell);
     print(&format!("listening on {}", mock.url()));

@@ -1,43 +1,91 @@
 //! Where the API server is, and with which credentials.
 
-use std::path::Path;
+use std::{ffi::OsStr, path::Path};
 
 use http::{HeaderName, HeaderValue};
 use kube::{
     Config,
-    config::{KubeConfigOptions, Kubeconfig},
+    config::{KubeConfigOptions, Kubeconfig, KubeconfigError},
 };
 
 use super::error::Error;
 
 /// Mounted into every pod that has a ServiceAccount.
 const TOKEN_FILE: &str = "/var/run/secrets/kubernetes.io/serviceaccount/token";
+/// Where nothing says which cluster.
+const NOTHING: &str =
+    "no cluster is given: use --kubeconfig (or KUBECONFIG); this is no pod with a ServiceAccount token";
 const IMPERSONATE_USER: HeaderName = HeaderName::from_static("impersonate-user");
 const IMPERSONATE_GROUP: HeaderName = HeaderName::from_static("impersonate-group");
 
 /// An explicit kubeconfig first; in a pod its ServiceAccount (an inherited `KUBECONFIG` does not divert it);
 /// otherwise what kubectl would use.
 pub(super) async fn load(kubeconfig: Option<&Path>, context: Option<String>) -> Result<Config, Error> {
-    let loaded = match kubeconfig {
-        Some(path) => Kubeconfig::read_from(path),
+    let (loaded, place) = match kubeconfig {
+        Some(path) => read(path, "--kubeconfig ")?,
         None if context.is_none() && Path::new(TOKEN_FILE).exists() => {
             return Config::incluster().map_err(|error| Error::config("the ServiceAccount's credentials", &error));
         }
-        None => Kubeconfig::read(),
+        None => inherited(std::env::var_os("KUBECONFIG").as_deref())?,
     };
-    let loaded = loaded.map_err(|error| {
-        let hint = if kubeconfig.is_some() {
-            ""
-        } else {
-            " (no ServiceAccount token in a pod, and no kubeconfig: use --kubeconfig or KUBECONFIG)"
-        };
-        let error = Error::config("the Kubernetes client", &error);
-        Error::Config(format!("{error}{hint}"))
-    })?;
-    from_kubeconfig(loaded, context).await
+    from_kubeconfig(loaded, context, &place).await
 }
 
-async fn from_kubeconfig(mut kubeconfig: Kubeconfig, context: Option<String>) -> Result<Config, Error> {
+/// What kubectl would use: the files of `KUBECONFIG`, or the one in the home directory. And how to call them.
+fn inherited(variable: Option<&OsStr>) -> Result<(Kubeconfig, String), Error> {
+    let paths: Vec<_> = variable
+        .map(|list| std::env::split_paths(list).filter(|path| !path.as_os_str().is_empty()).collect())
+        .unwrap_or_default();
+    if paths.is_empty() {
+        let home = std::env::home_dir().filter(|home| !home.as_os_str().is_empty());
+        let home = home.ok_or_else(|| Error::Config(format!("{NOTHING}, and there is no home directory")))?;
+        let path = home.join(".kube/config");
+        if !path.exists() {
+            return Err(Error::Config(format!("{NOTHING}, and there is no {}", path.display())));
+        }
+        return read(&path, "");
+    }
+    let mut merged = Kubeconfig::default();
+    for path in &paths {
+        let (next, place) = read(path, "KUBECONFIG: ")?;
+        merged = merged.merge(next).map_err(|error| Error::Config(format!("{place}: {error}")))?;
+    }
+    let names: Vec<_> = paths.iter().map(|path| path.display().to_string()).collect();
+    Ok((merged, format!("KUBECONFIG: {}", names.join(", "))))
+}
+
+/// One file, and what to call it.
+fn read(path: &Path, given_by: &str) -> Result<(Kubeconfig, String), Error> {
+    let place = format!("{given_by}{}", path.display());
+    match Kubeconfig::read_from(path) {
+        Ok(read) => Ok((read, place)),
+        Err(KubeconfigError::ReadConfig(error, _)) => Err(Error::Config(format!("{place}: {error}"))),
+        // The lines below the first show the file, and there are secrets in it.
+        Err(error) => {
+            let error = error.to_string();
+            Err(Error::Config(format!("{place}: {}", error.lines().next().unwrap_or_default())))
+        }
+    }
+}
+
+/// A context that is not there, in words that say which there are.
+fn check_context(kubeconfig: &Kubeconfig, context: Option<&str>, place: &str) -> Result<(), Error> {
+    let names: Vec<_> = kubeconfig.contexts.iter().map(|named| named.name.as_str()).collect();
+    let has = if names.is_empty() { "it has no contexts".to_owned() } else { format!("it has: {}", names.join(", ")) };
+    let file = place.strip_prefix("--kubeconfig ").unwrap_or(place);
+    let (name, given_by) = match (context, kubeconfig.current_context.as_deref()) {
+        (Some(name), _) => (name, "--context"),
+        (None, Some(name)) if !name.is_empty() => (name, "current-context"),
+        (None, _) => return Err(Error::Config(format!("{place} has no current-context: use --context; {has}"))),
+    };
+    if names.contains(&name) {
+        return Ok(());
+    }
+    Err(Error::Config(format!("{given_by} {name}: not in {file}; {has}")))
+}
+
+async fn from_kubeconfig(mut kubeconfig: Kubeconfig, context: Option<String>, place: &str) -> Result<Config, Error> {
+    check_context(&kubeconfig, context.as_deref(), place)?;
     refuse_proxy(&kubeconfig, context.as_deref())?;
     // kube would read HTTPS_PROXY wherever this field is empty, and fail on one that it cannot parse. The API server
     // is never reached through a proxy: proxies are for AWS.
@@ -46,7 +94,7 @@ async fn from_kubeconfig(mut kubeconfig: Kubeconfig, context: Option<String>) ->
     }
     let options = KubeConfigOptions { context, ..KubeConfigOptions::default() };
     let config = Config::from_custom_kubeconfig(kubeconfig, &options).await;
-    let mut config = config.map_err(|error| Error::config("the Kubernetes client from the kubeconfig", &error))?;
+    let mut config = config.map_err(|error| Error::config(&format!("the Kubernetes client from {place}"), &error))?;
     config.proxy_url = None;
     Ok(config)
 }
@@ -114,15 +162,34 @@ mod tests {
 
     #[tokio::test]
     async fn a_proxy_in_the_kubeconfig_is_refused_by_the_name_of_its_field() {
-        let error = from_kubeconfig(kubeconfig(", proxy-url: \"http://p:3128\"", ""), None).await.unwrap_err();
+        let error = from_kubeconfig(kubeconfig(", proxy-url: \"http://p:3128\"", ""), None, "f").await.unwrap_err();
         assert!(error.to_string().contains("proxy-url"), "{error}");
-        let config = from_kubeconfig(kubeconfig("", ""), None).await.unwrap();
+        let config = from_kubeconfig(kubeconfig("", ""), None, "f").await.unwrap();
         assert_eq!(config.proxy_url, None);
     }
 
     #[tokio::test]
+    async fn what_is_wrong_names_the_option_and_the_file_once() {
+        let told = |error: Error| error.to_string();
+        let missing = Path::new("/nonexistent");
+        let error = told(load(Some(missing), None).await.unwrap_err());
+        assert_eq!(error, "--kubeconfig /nonexistent: No such file or directory (os error 2)");
+        let error = told(inherited(Some(OsStr::new("/nonexistent"))).unwrap_err());
+        assert_eq!(error, "KUBECONFIG: /nonexistent: No such file or directory (os error 2)");
+        let broken = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(broken.path(), "users: [{name: u, user: {token: [secret-1\n").unwrap();
+        let error = told(load(Some(broken.path()), None).await.unwrap_err());
+        assert!(error.starts_with(&format!("--kubeconfig {}: failed to parse", broken.path().display())), "{error}");
+        assert!(!error.contains("secret-1") && !error.contains('\n'), "{error}");
+        let error = from_kubeconfig(kubeconfig("", ""), Some("nope".into()), "--kubeconfig f").await.unwrap_err();
+        assert_eq!(told(error), "--context nope: not in f; it has: c");
+        let error = from_kubeconfig(Kubeconfig::default(), None, "f").await.unwrap_err();
+        assert_eq!(told(error), "f has no current-context: use --context; it has no contexts");
+    }
+
+    #[tokio::test]
     async fn impersonation_of_the_kubeconfig_is_taken_out() {
-        let mut config = from_kubeconfig(kubeconfig("", "as: jane, as-groups: [dev]"), None).await.unwrap();
+        let mut config = from_kubeconfig(kubeconfig("", "as: jane, as-groups: [dev]"), None, "f").await.unwrap();
         let headers = take_impersonation(&mut config).unwrap();
         assert_eq!(headers.len(), 2);
         assert_eq!(config.auth_info.impersonate, None);

@@ -150,7 +150,7 @@ impl Follower {
     }
 
     async fn read(&mut self) -> Result<Option<NodeEvent>, String> {
-        match self.cluster.node(super::IDENTIFY_LIMIT).await {
+        match self.cluster.node(super::identity::IDENTIFY_LIMIT).await {
             Ok(facts) => {
                 // Not from this Node's own version: where it has not changed for long, that one is too old for ever.
                 // Without a version the server begins with the Node as it is, and needs no right to list.

@@ -134,8 +134,9 @@ pub const OPTIONS: &[OptionSpec] = &[
     OptionSpec::new(Group::Imds, "maintenance-poll-interval", "DURATION")
         .or("30s")
         .help("How often to ask for scheduled maintenance; 100ms to 10m"),
-    OptionSpec::new(Group::Kubernetes, "kubeconfig", "FILE")
-        .help("Kubeconfig file; otherwise KUBECONFIG, otherwise the pod's own ServiceAccount"),
+    OptionSpec::new(Group::Kubernetes, "kubeconfig", "FILE").help(
+        "Kubeconfig file; otherwise the pod's own ServiceAccount, otherwise KUBECONFIG, otherwise ~/.kube/config",
+    ),
     OptionSpec::new(Group::Kubernetes, "context", "NAME").help("Context of the kubeconfig; otherwise its current one"),
     OptionSpec::new(Group::Kubernetes, "identity", "auto|node|direct")
         .or("auto")

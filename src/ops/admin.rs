@@ -74,6 +74,7 @@ impl Admin {
             .route("/livez", get(async || "ok\n"))
             .route("/readyz", get(readyz))
             .route("/metrics", get(metrics))
+            .fallback(async || (StatusCode::NOT_FOUND, "not found: there are /livez, /readyz and /metrics\n"))
             .with_state(self)
     }
 }
@@ -115,7 +116,7 @@ pub async fn spawn(
             Some(address)
         }
         Err(error) => {
-            warn!(%listen, %error, "no probes and no metrics: cannot listen there; see --listen");
+            warn!("cannot listen on {listen} (--listen): {error}; there are no probes and no metrics");
             None
         }
     }

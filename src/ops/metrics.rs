@@ -69,11 +69,39 @@ impl MetricsRegistry {
     pub fn encode(&self, exposition: Exposition) -> Result<String, fmt::Error> {
         let mut out = String::new();
         text::encode(&mut out, &self.registry)?;
+        let out = sorted(&out);
         match exposition {
             Exposition::OpenMetrics => Ok(out),
             Exposition::Text => to_plain_text(&out),
         }
     }
+}
+
+/// The samples of each family in the order of their labels: the maps that hold them have no order, and two pages
+/// could not be compared. What belongs to one set of labels (the buckets of a histogram) stays in its own order.
+fn sorted(page: &str) -> String {
+    let mut lines: Vec<_> = page.lines().collect();
+    for samples in lines.chunk_by_mut(|a, b| a.starts_with('#') == b.starts_with('#')) {
+        if samples.first().is_some_and(|line| !line.starts_with('#')) {
+            samples.sort_by_cached_key(|line| labels(line));
+        }
+    }
+    let mut out = lines.join("\n");
+    out.push('\n');
+    out
+}
+
+/// The labels of a sample, without the limit of a bucket.
+fn labels(line: &str) -> String {
+    let Some((from, to)) = line.find('{').zip(line.rfind('}')) else { return String::new() };
+    let labels = line.get(from + 1..to).unwrap_or_default();
+    let is_limit = |label: &&str| !label.starts_with("le=\"");
+    labels
+        .split_inclusive("\",")
+        .filter(is_limit)
+        .map(|label| label.trim_end_matches(','))
+        .collect::<Vec<_>>()
+        .join(",")
 }
 
 /// Turns OpenMetrics into the older format: there a family is called as its samples are (`_total`, `_info`), there
@@ -196,6 +224,19 @@ mod tests {
         assert!(page.contains("# HELP spotter_notices Notices seen.\n# TYPE spotter_notices counter\n"));
         assert!(page.contains("spotter_notices_total{kind=\"manual\"} 1\n"));
         assert!(page.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn every_page_is_in_the_same_order() {
+        let buckets = r#"a_bucket{x="1",le="2.0"} 1
+a_bucket{x="1",le="10.0"} 1
+a_sum{x="1"} 1
+"#;
+        let page =
+            |first: &str, second: &str| format!("# TYPE a histogram\n{first}{second}# TYPE b gauge\nb 1\n# EOF\n");
+        let other = buckets.replace("x=\"1\"", "x=\"0,}\"");
+        assert_eq!(sorted(&page(buckets, &other)), page(&other, buckets));
+        assert_eq!(sorted(&page(&other, buckets)), page(&other, buckets));
     }
 
     #[test]

@@ -10,6 +10,17 @@ use super::world::{Change, Control, Ending};
 /// Time between a spot notice, or one of maintenance, and its end, where the script does not say it.
 const USUAL_DEADLINE: Duration = Duration::from_secs(120);
 
+/// What [`Scripted::set`] knows.
+const PROPERTIES: [&str; 8] =
+    ["after", "deadline", "action", "until", "code", "event-id", "cancel-after", "complete-after"];
+
+/// What EC2 does to a spot instance.
+const SPOT_ACTIONS: [&str; 3] = ["terminate", "stop", "hibernate"];
+
+/// The codes of scheduled events.
+const CODES: [&str; 5] =
+    ["instance-reboot", "system-reboot", "system-maintenance", "instance-retirement", "instance-stop"];
+
 /// What kind of notice a script shows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ScriptKind {
@@ -82,7 +93,7 @@ impl Scripted {
             "action" => &[Spot, Asg],
             "until" => &[Spot, Rebalance, Asg],
             "code" | "event-id" | "cancel-after" | "complete-after" => &[Maintenance],
-            _ => return Err(format!("`{name}` is no property of a notice")),
+            _ => return Err(format!("`{name}` is no property of a notice: it is one of {}", PROPERTIES.join(", "))),
         };
         let kind = self.kind;
         if !fits.contains(&kind) {
@@ -92,8 +103,9 @@ impl Scripted {
         match name {
             "after" => once(&mut self.after, name, duration(value)?),
             "deadline" => once(&mut self.deadline, name, duration(value)?),
+            "action" if kind == Spot => once(&mut self.action, name, one_of(value, &SPOT_ACTIONS)?),
             "action" => once(&mut self.action, name, word(value)?),
-            "code" => once(&mut self.code, name, word(value)?),
+            "code" => once(&mut self.code, name, one_of(value, &CODES)?),
             "event-id" => once(&mut self.event_id, name, word(value)?),
             "complete-after" => once(&mut self.ends, name, (duration(value)?, Ending::Completed)),
             _ => once(&mut self.ends, name, (duration(value)?, Ending::Cancelled)),
@@ -149,6 +161,13 @@ fn word(value: &str) -> Result<String, String> {
     if value.is_empty() { Err("a word is missing".into()) } else { Ok(value.to_owned()) }
 }
 
+fn one_of(value: &str, known: &[&str]) -> Result<String, String> {
+    if known.contains(&value) {
+        return Ok(value.to_owned());
+    }
+    Err(format!("EC2 has no `{value}` there: it is one of {}", known.join(", ")))
+}
+
 /// `10s`, `2m`, `500ms`, `1h30m`.
 fn duration(value: &str) -> Result<Duration, String> {
     let no = || format!("`{value}` is no duration: write for instance 10s, 2m or 500ms");
@@ -197,7 +216,14 @@ mod tests {
             (ScriptKind::Spot, "after", "-3s", "no duration"),
             (ScriptKind::Spot, "after", "10", "no duration"),
             (ScriptKind::Maintenance, "until", "3s", "only for spot, rebalance, asg"),
-            (ScriptKind::Asg, "colour", "red", "no property"),
+            (ScriptKind::Asg, "colour", "red", "no property of a notice: it is one of after, deadline, action"),
+            (ScriptKind::Spot, "action", "explode", "one of terminate, stop, hibernate"),
+            (
+                ScriptKind::Maintenance,
+                "code",
+                "reboot",
+                "instance-reboot, system-reboot, system-maintenance, instance-r",
+            ),
             (ScriptKind::Asg, "action", "", "missing"),
         ] {
             let error = Scripted::new(kind).set(name, value).unwrap_err();

@@ -263,7 +263,11 @@ impl Imds {
             };
             if logged.is_none_or(|at| at.elapsed() >= LOG_AGAIN) {
                 logged = Some(Instant::now());
-                tracing::warn!(%error, "cannot learn which instance this is; trying again");
+                tracing::warn!(
+                    %error,
+                    "cannot learn which instance this is from {} (--imds-url); it is tried again",
+                    self.base
+                );
             } else {
                 tracing::debug!(%error, "cannot learn which instance this is");
             }
