@@ -325,7 +325,11 @@ impl Termination {
         let name = format!("{}/{}", pod.namespace, pod.name);
         let (warning, reason, message) = match news {
             News::Skipped(skip) => {
-                self.span.in_scope(|| debug!(pod = name, "left alone: {}", skip.as_str()));
+                if self.settings.dry_run {
+                    info!(pod = name, "dry run: left alone: {}", skip.as_str());
+                } else {
+                    self.span.in_scope(|| debug!(pod = name, "left alone: {}", skip.as_str()));
+                }
                 return;
             }
             News::Gone => {

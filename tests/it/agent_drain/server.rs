@@ -104,7 +104,7 @@ async fn a_server_that_is_down_at_start_is_waited_for() {
     cp.kill_apiserver();
     let spotter = stage.start(&[]);
     stage.interrupt(120);
-    let line = spotter.wait_for_line("cannot read the own Node yet", PATIENCE).await.text;
+    let line = spotter.wait_for_line("a notice waits, and the Node is not cordoned", PATIENCE).await.text;
     assert!(line.contains(&cp.server.url) && line.contains("refused"), "{line}");
     spotter.wait_for_line("notice", PATIENCE).await;
     cp.restart_apiserver();

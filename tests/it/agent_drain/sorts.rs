@@ -31,7 +31,7 @@ async fn f32_odd_pods_do_not_stop_the_others() {
     }
     let own = ["--pod-name", "own", "--pod-namespace", &stage.world.namespace];
     // One at a time, so that the order can be seen.
-    let spotter = stage.started(&[&own[..], &["--drain-max-in-flight", "1"]].concat()).await;
+    let spotter = stage.started(&[&own[..], &["--drain-max-in-flight", "1", "--log-level", "debug"]].concat()).await;
     stage.interrupt(120);
     let record = stage.phase("drained").await;
     assert_eq!(record["outcome"]["pods"], 9, "{record}");

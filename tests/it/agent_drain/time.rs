@@ -54,7 +54,7 @@ async fn a_soft_deadline_sends_no_grace_and_reports_what_is_left() {
     stage.world.run(&stage.node, NewPod::new("slow").grace(600).never_exits()).await;
     stage.world.budget("stuck", "stuck", Budget::MinAvailable(1)).await;
     let spotter = stage.started(&[]).await;
-    stage.maintain(9);
+    stage.maintain(14);
     let record = stage.phase("incomplete").await;
     let full = |name: &str| format!("{}/{name}", stage.world.namespace);
     let mut left: Vec<_> =
