@@ -72,8 +72,8 @@ impl Notices {
     }
 
     /// The policy, for what depends on it besides.
-    pub fn policy_mut(&mut self) -> &mut Policy {
-        &mut self.policy
+    pub fn policy(&self) -> &Policy {
+        &self.policy
     }
 
     /// Takes in a notice that a source reads. The newest version of a notice replaces the older one.

@@ -166,7 +166,7 @@ impl Termination {
 
     fn response_to(&mut self, notice: &Notice) -> Response {
         let annotation = self.annotation();
-        self.notices.policy_mut().decide(notice, annotation).response
+        self.notices.policy().decide(notice, annotation).response
     }
 
     pub(super) fn withdrawn(&mut self, notice: &Notice, why: Withdrawal) {

@@ -37,6 +37,9 @@ const SOON: Duration = Duration::from_millis(300);
 
 /// How often people hear how a drain stands that takes longer.
 const WORD_EVERY: Duration = Duration::from_secs(10);
+/// The same after the two minutes of an interruption: what takes longer is not watched by the second.
+const WORD_EVERY_LONG: Duration = Duration::from_secs(60);
+const LONG_DRAIN: Duration = Duration::from_secs(150);
 
 /// The reason of the `DisruptionTarget` condition of a deleted pod.
 const DISRUPTION_REASON: &str = "TerminationByNodeEnd";
@@ -216,7 +219,8 @@ impl Termination {
             && !work.machine.is_finished()
             && work.next_word <= now
         {
-            work.next_word = now.after(WORD_EVERY);
+            let long = now.since(work.began_at) > LONG_DRAIN;
+            work.next_word = now.after(if long { WORD_EVERY_LONG } else { WORD_EVERY });
             self.tell_progress();
         }
     }
