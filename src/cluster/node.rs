@@ -75,6 +75,12 @@ pub struct NodeIntent {
 }
 
 impl NodeIntent {
+    /// Gives up everything, on this Node as it was last seen and on no other.
+    pub fn release(node: &NodeFacts) -> Self {
+        let (uid, resource_version) = (Some(node.uid.clone()), Some(node.resource_version.clone()));
+        Self { uid, resource_version, ..Self::default() }
+    }
+
     fn body(&self, node: &str) -> Value {
         let Self { uid, resource_version, record, unschedulable, kind_label, exclude_from_load_balancers } = self;
         let mut metadata = Map::from_iter([("name".to_owned(), json!(node))]);

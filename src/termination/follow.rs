@@ -56,11 +56,7 @@ impl Termination {
     /// A forced apply leaves the old holder co-owner of what had the same value: clear that, so that a release frees it.
     /// Beside the drain, which is not kept waiting for it; where it fails, the release does it.
     pub(super) fn clear_other(&mut self, other: Manager, node: &NodeFacts) {
-        let nothing = NodeIntent {
-            uid: Some(node.uid.clone()),
-            resource_version: Some(node.resource_version.clone()),
-            ..NodeIntent::default()
-        };
+        let nothing = NodeIntent::release(node);
         let cluster = self.cluster.clone();
         self.clearing = Some(AbortOnDropHandle::new(tokio::spawn(async move {
             let cleared = cluster.apply(&nothing, other, false, 0, FIRST_LIMIT).await;

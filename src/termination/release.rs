@@ -29,11 +29,7 @@ impl Termination {
         let braked = self.annotation() == Some(Response::Ignore);
         for manager in [Manager::Agent.other(), Manager::Agent] {
             let Some(node) = &self.node else { return Ok(false) };
-            let nothing = NodeIntent {
-                uid: Some(node.uid.clone()),
-                resource_version: Some(node.resource_version.clone()),
-                ..NodeIntent::default()
-            };
+            let nothing = NodeIntent::release(node);
             match self.cluster.apply(&nothing, manager, false, self.write.count, self.write.limit()).await {
                 Ok(node) => self.node = Some(node),
                 Err(problem) => return self.refused_release(problem).await,
@@ -53,11 +49,7 @@ impl Termination {
         let Hold::Ours(ours) = &self.hold else { return checked };
         let on_record = node.record().and_then(|text| Record::parse(text).ok());
         if checked.is_err() && on_record.is_some_and(|record| record.id == ours.id) {
-            let nothing = NodeIntent {
-                uid: Some(node.uid.clone()),
-                resource_version: Some(node.resource_version.clone()),
-                ..NodeIntent::default()
-            };
+            let nothing = NodeIntent::release(node);
             if let Err(problem) = self.cluster.apply(&nothing, Manager::Agent, false, 0, REPEAT_LIMIT).await {
                 error!(?problem, "cannot give back the claim on another machine's Node; uncordon it by hand");
             }

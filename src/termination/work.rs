@@ -173,10 +173,11 @@ impl Termination {
     pub(super) fn move_deadline(&mut self, standing: &Standing) {
         let Some(deadline) = standing.deadline.filter(|deadline| *deadline != Deadline::SoftByGrace) else { return };
         let (Hold::Ours(record), Some(work)) = (&self.hold, &mut self.work) else { return };
+        let counted = record.deadline;
         if work.told.replace(deadline) == Some(deadline) {
             return;
         }
-        let limit = self.limit_of(&record.clone(), standing);
+        let limit = self.limit(Some(deadline), counted);
         self.feed(Input::Deadline(limit));
     }
 
